@@ -1,0 +1,1 @@
+"""unimm: one causal language model that reads and draws."""

@@ -1,0 +1,140 @@
+"""What an image is to the rest of the house: a block of integer codes, and the space they live in.
+
+`VisualCodes` travels between the rooms, `CodeSpec` says what a codec can emit. Neither knows token ids: the offset into a
+language model's vocabulary belongs to `unimm.sequence`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+
+LAYOUTS = ("grid", "sequence", "levels", "streams")
+
+
+@dataclass(frozen=True)
+class CodeSpec:
+    """The code space of one visual tokenizer.
+
+    Args:
+        sizes: codebook size of each of the K slots of a position; empty for continuous latents.
+        layout: how positions are arranged: `grid` (rows x columns), `sequence` (1-D, ordered), `levels` (coarse to fine),
+            `streams` (parallel semantic and pixel streams).
+        max_length: the largest number of positions N of one image.
+        dim: width D of the vectors that `lookup` returns.
+        flatten: order in which a grid becomes a sequence.
+        fingerprint: digest of the codec's weights; codes are only comparable under the same fingerprint.
+    """
+
+    sizes: tuple[int, ...]
+    layout: str
+    max_length: int
+    dim: int
+    flatten: str = "raster"
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}.")
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; a picture needs at least one position.")
+
+    @property
+    def num_codebooks(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def bits(self) -> float:
+        """Bits of one image of `max_length` positions."""
+        return self.max_length * sum(math.log2(size) for size in self.sizes)
+
+    @property
+    def single_size(self) -> int:
+        """The one codebook size of a K = 1 codec.
+
+        Raises:
+            ValueError: the codec has no ids (K = 0) or several per position (K > 1).
+        """
+        if self.num_codebooks != 1:
+            raise ValueError(
+                f"This codec has K = {self.num_codebooks} codes per position; one id per position needs K = 1. "
+                "Use a codec with a single codebook."
+            )
+        return self.sizes[0]
+
+
+@dataclass
+class VisualCodes:
+    """A batch of encoded images.
+
+    Args:
+        ids: int64 `[B, N, K]`, each in `[0, spec.sizes[k])`, never offset.
+        mask: bool `[B, N]`, True where a position exists; padding is on the right.
+        grid: (rows, columns) per image for grid layouts, else None.
+        side_info: further tensors that a decoder may want, each with leading dimension B.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    grid: list[tuple[int, int]] | None = None
+    side_info: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 3 or self.ids.dtype != torch.int64:
+            raise ValueError(f"ids are {self.ids.dtype} {tuple(self.ids.shape)}; they must be int64 [B, N, K].")
+        if self.mask.shape != self.ids.shape[:2] or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask is {self.mask.dtype} {tuple(self.mask.shape)}; it must be bool {tuple(self.ids.shape[:2])}."
+            )
+        if self.grid is not None:
+            self._check_grid(self.grid)
+
+    def _check_grid(self, grid: list[tuple[int, int]]) -> None:
+        if len(grid) != len(self):
+            raise ValueError(f"grid names {len(grid)} images, ids hold {len(self)}.")
+        for (rows, columns), length in zip(grid, self.lengths.tolist(), strict=True):
+            if rows * columns != length:
+                raise ValueError(
+                    f"A {rows} x {columns} grid needs {rows * columns} positions, the mask keeps {length}."
+                )
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Positions per image, int64 `[B]`."""
+        return self.mask.sum(dim=1)
+
+    @classmethod
+    def from_grid(cls, ids: torch.Tensor) -> VisualCodes:
+        """Codes of equal grids: int64 `[B, rows, columns, K]` flattened in raster order."""
+        batch, rows, columns, num_codebooks = ids.shape
+        flat = ids.reshape(batch, rows * columns, num_codebooks)
+        return cls(flat, torch.ones_like(flat[..., 0], dtype=torch.bool), [(rows, columns)] * batch)
+
+    def to(self, device: torch.device | str) -> VisualCodes:
+        moved = {name: value.to(device) for name, value in self.side_info.items()}
+        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device), side_info=moved)
+
+    def select(self, index: slice) -> VisualCodes:
+        """The images of a slice, as a batch of their own."""
+        side_info = {name: value[index] for name, value in self.side_info.items()}
+        grid = None if self.grid is None else self.grid[index]
+        return replace(self, ids=self.ids[index], mask=self.mask[index], grid=grid, side_info=side_info)
+
+    def validate(self, spec: CodeSpec) -> None:
+        """Raise `ValueError` where an id is outside its codebook or an image is longer than the codec allows."""
+        if self.ids.shape[2] != spec.num_codebooks:
+            raise ValueError(f"Codes have K = {self.ids.shape[2]}, the codec has K = {spec.num_codebooks}.")
+        if self.ids.shape[1] > spec.max_length:
+            raise ValueError(f"Codes have {self.ids.shape[1]} positions, the codec takes at most {spec.max_length}.")
+        for slot, size in enumerate(spec.sizes):
+            legal = self.ids[self.mask][:, slot]
+            if legal.numel() and not 0 <= int(legal.min()) <= int(legal.max()) < size:
+                raise ValueError(
+                    f"Codes of slot {slot} range over [{int(legal.min())}, {int(legal.max())}]; "
+                    f"the codebook has ids 0 to {size - 1}. Were they offset into a vocabulary?"
+                )
