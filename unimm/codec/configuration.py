@@ -1,0 +1,88 @@
+"""The codec's configuration: one typed group of keys per socket, `kind` naming the value, the rest its options."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from unimm.codec.decoders import DECODERS
+from unimm.codec.encoders import ENCODERS
+from unimm.codec.length import LENGTH_POLICIES, LengthPolicy
+from unimm.codec.quantizers import QUANTIZERS
+from unimm.codec.resamplers import RESAMPLERS
+from unimm.config import from_dict
+
+SOCKETS: dict[str, dict[str, type]] = {
+    "encoder": {kind: config for kind, (config, _) in ENCODERS.items()},
+    "resampler": {kind: config for kind, (config, _) in RESAMPLERS.items()},
+    "quantizer": {kind: config for kind, (config, _) in QUANTIZERS.items()},
+    "length": dict(LENGTH_POLICIES),
+    "decoder": {kind: config for kind, (config, _) in DECODERS.items()},
+}
+
+
+def socket_config(socket: str, options: dict[str, Any]) -> Any:
+    """The typed config of one socket, from `{"kind": ..., **options}`.
+
+    Raises:
+        ValueError: unknown kind or option.
+    """
+    kinds = SOCKETS[socket]
+    kind = options.get("kind")
+    if kind not in kinds:
+        near = difflib.get_close_matches(str(kind), kinds, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{socket}.kind is {kind!r}; it must be one of {', '.join(kinds)}.{hint}")
+    return from_dict(kinds[kind], {key: value for key, value in options.items() if key != "kind"}, where=socket)
+
+
+@strict
+class VisualCodecConfig(PreTrainedConfig):
+    """Encoder -> Resampler -> Quantizer -> LengthPolicy -> Decoder, each `{"kind": name, **options}`.
+
+    Args:
+        image_size: side in pixels that the image processor resizes to.
+        encoder, resampler, quantizer, length, decoder: the sockets; see the module of each for kinds and options.
+
+    Raises:
+        ValueError: unknown kinds or options, or sockets that do not fit each other.
+    """
+
+    model_type = "unimm_codec"
+
+    image_size: int = 128
+    encoder: dict | None = None
+    resampler: dict | None = None
+    quantizer: dict | None = None
+    length: dict | None = None
+    decoder: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.encoder = self.encoder or {"kind": "conv"}
+        self.resampler = self.resampler or {"kind": "grid"}
+        self.quantizer = self.quantizer or {"kind": "fsq"}
+        side = self.image_size // self.downsample
+        self.length = self.length or {"kind": "fixed", "rows": side, "columns": side}
+        self.decoder = self.decoder or {"kind": "conv"}
+        super().__post_init__(**kwargs)
+
+    def validate_sockets(self) -> None:
+        """Check every socket's options and that the decoder undoes the encoder's downsampling."""
+        for socket in SOCKETS:
+            socket_config(socket, getattr(self, socket))
+        upsample = socket_config("decoder", self.decoder).upsample
+        if upsample != self.downsample:
+            raise ValueError(f"The encoder divides sizes by {self.downsample}, the decoder multiplies by {upsample}.")
+        self.length_policy.grid(self.image_size, self.image_size, self.downsample)
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per grid cell, on each side."""
+        return socket_config("encoder", self.encoder).downsample
+
+    @property
+    def length_policy(self) -> LengthPolicy:
+        return socket_config("length", self.length)

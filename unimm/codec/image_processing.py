@@ -1,0 +1,78 @@
+"""Pictures of any mode and size to the codec's pixels, with Pillow and NumPy only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import ImageInput
+
+WHITE = (255, 255, 255)
+
+
+class VisualCodecImageProcessor(PilBackend):
+    """Centre-crop to a square, resize to `size`, scale to [-1, 1].
+
+    Alpha is laid over white; 16-bit, palette and CMYK pictures are converted; an animation gives its first frame.
+    """
+
+    model_input_names = ["pixel_values"]
+    size = {"height": 128, "width": 128}
+    do_rescale = True
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+
+    def process_image(self, image: ImageInput, *args: Any, **kwargs: Any) -> np.ndarray:
+        """One picture to uint8 `[3, H, W]` of the codec's size."""
+        if not isinstance(image, Image.Image):
+            image = array_to_picture(super().process_image(image, *args, **kwargs))
+        height, width = self.size["height"], self.size["width"]
+        picture = centre_square(to_rgb(image))
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(picture).transpose(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB, transparency over white."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        levels = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        image = Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (*WHITE, 255))
+        image = Image.alpha_composite(ground, layer)
+    return image.convert("RGB")
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest centred square."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def array_to_picture(array: np.ndarray) -> Image.Image:
+    """`[C, H, W]`, uint8 or floats in [0, 1], to a picture.
+
+    Raises:
+        ValueError: values outside both ranges, or a channel count other than 1, 3 or 4.
+    """
+    if array.shape[0] not in (1, 3, 4):
+        raise ValueError(f"The picture has {array.shape[0]} channels; 1, 3 or 4 are taken.")
+    if array.dtype != np.uint8:
+        low, high = float(array.min()), float(array.max())
+        if np.issubdtype(array.dtype, np.floating) and 0 <= low <= high <= 1:
+            array = array * 255
+        elif not 0 <= low <= high <= 255:
+            raise ValueError(
+                f"The picture ranges over [{low:.2f}, {high:.2f}]; use [0, 1] floats or [0, 255] integers."
+            )
+        array = array.round().astype(np.uint8)
+    channels_last = array.transpose(1, 2, 0)
+    return Image.fromarray(channels_last[..., 0] if array.shape[0] == 1 else np.ascontiguousarray(channels_last))

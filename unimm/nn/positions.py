@@ -1,0 +1,23 @@
+"""Positions computed for any grid, so that one model takes pictures of every size."""
+
+from __future__ import annotations
+
+import torch
+
+
+def sincos_2d(rows: int, columns: int, width: int, device: torch.device) -> torch.Tensor:
+    """Sine-cosine positions of a grid in raster order, float32 `[rows * columns, width]`.
+
+    Half of the width encodes the row, half the column.
+
+    Raises:
+        ValueError: `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"Width {width} is not a multiple of 4, which two axes of sines and cosines need.")
+    frequencies = 10000 ** -(torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
+    row_angles = torch.arange(rows, device=device, dtype=torch.float32)[:, None] * frequencies
+    column_angles = torch.arange(columns, device=device, dtype=torch.float32)[:, None] * frequencies
+    row_part = torch.cat([row_angles.sin(), row_angles.cos()], dim=-1)[:, None].expand(-1, columns, -1)
+    column_part = torch.cat([column_angles.sin(), column_angles.cos()], dim=-1)[None].expand(rows, -1, -1)
+    return torch.cat([row_part, column_part], dim=-1).reshape(rows * columns, width)
