@@ -1,7 +1,7 @@
 """What an image is to the rest of the house: a block of integer codes, and the space they live in.
 
-`VisualCodes` travels between the rooms, `CodeSpec` says what a codec can emit. Neither knows token ids: the offset into a
-language model's vocabulary belongs to `unimm.sequence`.
+`VisualCodes` travels between the rooms, `CodeSpec` says what a codec can emit. Neither knows token ids: the offset into
+a language model's vocabulary belongs to `unimm.sequence`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class CodeSpec:
 
     Args:
         sizes: codebook size of each of the K slots of a position; empty for continuous latents.
-        layout: how positions are arranged: `grid` (rows x columns), `sequence` (1-D, ordered), `levels` (coarse to fine),
+        layout: how positions are arranged: `grid` (rows x columns), `sequence` (1-D), `levels` (coarse to fine),
             `streams` (parallel semantic and pixel streams).
         max_length: the largest number of positions N of one image.
         dim: width D of the vectors that `lookup` returns.
@@ -96,9 +96,7 @@ class VisualCodes:
             raise ValueError(f"grid names {len(grid)} images, ids hold {len(self)}.")
         for (rows, columns), length in zip(grid, self.lengths.tolist(), strict=True):
             if rows * columns != length:
-                raise ValueError(
-                    f"A {rows} x {columns} grid needs {rows * columns} positions, the mask keeps {length}."
-                )
+                raise ValueError(f"A {rows} x {columns} grid has {rows * columns} positions, the mask keeps {length}.")
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -1,7 +1,7 @@
 """Strict YAML to dataclass: a recipe is a file, `key=value` overrides it, and an unknown key is an error.
 
-A dataclass lives beside the code that reads it; this module only fills it. Fields are scalars, tuples of scalars, dicts of
-scalars, nested dataclasses, or `X | None`.
+A dataclass lives beside the code that reads it; this module only fills it. Fields are scalars, tuples of scalars, dicts
+of scalars, nested dataclasses, or `X | None`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -46,6 +47,7 @@ class VisualCodecConfig(PreTrainedConfig):
     Args:
         image_size: side in pixels that the image processor resizes to.
         encoder, resampler, quantizer, length, decoder: the sockets; see the module of each for kinds and options.
+            An empty `length` is fixed at `image_size`.
 
     Raises:
         ValueError: unknown kinds or options, or sockets that do not fit each other.
@@ -54,19 +56,16 @@ class VisualCodecConfig(PreTrainedConfig):
     model_type = "unimm_codec"
 
     image_size: int = 128
-    encoder: dict | None = None
-    resampler: dict | None = None
-    quantizer: dict | None = None
-    length: dict | None = None
-    decoder: dict | None = None
+    encoder: dict[str, Any] = field(default_factory=lambda: {"kind": "conv"})
+    resampler: dict[str, Any] = field(default_factory=lambda: {"kind": "grid"})
+    quantizer: dict[str, Any] = field(default_factory=lambda: {"kind": "fsq"})
+    length: dict[str, Any] = field(default_factory=dict)
+    decoder: dict[str, Any] = field(default_factory=lambda: {"kind": "conv"})
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.encoder = self.encoder or {"kind": "conv"}
-        self.resampler = self.resampler or {"kind": "grid"}
-        self.quantizer = self.quantizer or {"kind": "fsq"}
-        side = self.image_size // self.downsample
-        self.length = self.length or {"kind": "fixed", "rows": side, "columns": side}
-        self.decoder = self.decoder or {"kind": "conv"}
+        if not self.length:
+            side = self.image_size // self.downsample
+            self.length = {"kind": "fixed", "rows": side, "columns": side}
         super().__post_init__(**kwargs)
 
     def validate_sockets(self) -> None:

@@ -14,8 +14,8 @@ from transformers.utils import ModelOutput
 from unimm.codec.configuration import VisualCodecConfig, socket_config
 from unimm.codec.decoders import DECODERS
 from unimm.codec.encoders import ENCODERS
-from unimm.codec.quantizers import QUANTIZERS
-from unimm.codec.resamplers import RESAMPLERS
+from unimm.codec.quantizers import QUANTIZERS, Quantizer
+from unimm.codec.resamplers import RESAMPLERS, GridResampler
 from unimm.codes import CodeSpec, VisualCodes
 
 
@@ -43,11 +43,15 @@ class VisualCodecModel(PreTrainedModel):
 
     config_class = VisualCodecConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _keep_in_fp32_modules_strict = ["encoder", "resampler", "quantizer", "decoder"]
+
+    config: VisualCodecConfig
+    quantizer: Quantizer
+    resampler: GridResampler
 
     def __init__(self, config: VisualCodecConfig) -> None:
         super().__init__(config)
