@@ -17,6 +17,8 @@ from unimm.codec.encoders import ENCODERS
 from unimm.codec.quantizers import QUANTIZERS, Quantizer
 from unimm.codec.resamplers import RESAMPLERS, GridResampler
 from unimm.codes import CodeSpec, VisualCodes
+from unimm.nn.blocks import TransformerBlock
+from unimm.nn.conv import ResidualBlock
 
 
 @dataclass
@@ -161,3 +163,8 @@ class VisualCodecModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        if isinstance(module, ResidualBlock):
+            init.zeros_(module.conv_out.weight)
+        if isinstance(module, TransformerBlock):
+            init.zeros_(module.attention.out.weight)
+            init.zeros_(module.mlp.down.weight)

@@ -1,4 +1,4 @@
-"""Resampler socket: encoder features `[B, D, rows, columns]` to the positions that are quantised, and back to the decoder."""
+"""Resampler socket: features `[B, D, rows, columns]` to the positions that are quantised, and back to a grid."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class GridResampler(nn.Module):
 
     def __init__(self, config: GridResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(encoder_width)
         self.to_positions = nn.Linear(encoder_width, config.dim)
         self.to_grid = nn.Linear(config.dim, decoder_width)
 
     def sample(self, features: torch.Tensor) -> torch.Tensor:
         """`[B, D, rows, columns]` to `[B, N, dim]`."""
-        return self.to_positions(features.flatten(2).transpose(1, 2))
+        return self.to_positions(self.norm(features.flatten(2).transpose(1, 2)))
 
     def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """`[B, N, dim]` to `[B, D, rows, columns]`."""

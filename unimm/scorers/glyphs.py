@@ -109,6 +109,8 @@ class EmojiCatalog:
         simple = (glyph for glyph in self.glyphs if _is_simple(glyph))
         for glyph in sorted(simple, key=lambda glyph: (len(glyph.name.split()), len(glyph.name), glyph.name)):
             vector = self._thumbnail(glyph)
+            if not vector.any():  # newer than the font
+                continue
             if len(taken) and float((thumbnails @ vector).max()) > max_similarity:
                 continue
             taken.append(glyph)

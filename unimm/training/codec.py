@@ -1,0 +1,134 @@
+"""The codec stage: reconstruct rendered pictures through a few dozen codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
+from unimm.data.pictures import Mixture, render_pool, to_pictures, to_pixel_values
+from unimm.files import atomic_directory
+from unimm.scorers.reconstruction import psnr
+from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
+from unimm.training.optimizer import OptimizerConfig
+from unimm.training.plots import contact_sheet
+from unimm.training.run_directory import RunConfig, RunDirectory
+
+VALIDATION_SIZE = 96  # pictures per world
+SHEET_SIZE = 16
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Pictures to learn from.
+
+    Args:
+        worlds: world name to its share.
+        pool_size: pictures rendered once, before the first step.
+        batch_size: pictures per step and process.
+    """
+
+    worlds: dict[str, float]
+    pool_size: int = 30_000
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class CodecLossConfig:
+    """Weights of squared error, absolute error, and absolute error of the differences between neighbouring pixels."""
+
+    squared: float = 1.0
+    absolute: float = 0.1
+    edges: float = 0.1
+
+
+@dataclass(frozen=True)
+class CodecRecipe:
+    """A recipe with `task: codec`. `model` holds the keys of `VisualCodecConfig`."""
+
+    task: str
+    run: RunConfig
+    data: PoolConfig
+    optimizer: OptimizerConfig
+    model: dict[str, Any] = field(default_factory=dict)
+    loss: CodecLossConfig = CodecLossConfig()
+    logging: LoggingConfig = LoggingConfig()
+    precision: str = "bf16"
+
+
+class CodecTask:
+    """Reconstruction losses, and figures on held-out scenes."""
+
+    def __init__(self, recipe: CodecRecipe, pool: np.ndarray) -> None:
+        self.recipe = recipe
+        self.pool = pool
+        self.codec = VisualCodecModel(VisualCodecConfig(**recipe.model)).to(memory_format=torch.channels_last)
+        self.model: nn.Module = self.codec
+        self.held_out = {name: held_out_pixels(name, VALIDATION_SIZE) for name in recipe.data.worlds}
+
+    def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([self.recipe.run.seed, step, rank])
+        picked = np.sort(rng.integers(len(self.pool), size=self.recipe.data.batch_size))
+        pixel_values = to_pixel_values(self.pool[picked]).to(self.codec.device, memory_format=torch.channels_last)
+        output = model(pixel_values)
+        losses = reconstruction_losses(output.reconstruction.float(), pixel_values, self.recipe.loss)
+        return losses | {"loss": losses["loss"] + output.quantizer_loss, "quantizer": output.quantizer_loss}
+
+    def validate(self) -> dict[str, float]:
+        self.codec.eval()
+        figures, used = {}, set()
+        for name, pixels in self.held_out.items():
+            codes = self.codec.encode(pixels.to(self.codec.device))
+            figures[f"psnr_{name}"] = float(psnr(self.codec.decode(codes).cpu(), pixels).mean())
+            used.update(codes.ids.flatten().tolist())
+        self.codec.train()
+        size = self.codec.spec_without_fingerprint.single_size
+        return {**figures, "codes_used_in_validation": len(used) / size}
+
+    def draw_sheet(self, path: Path) -> None:
+        """Originals above their reconstructions, for every world."""
+        self.codec.eval()
+        shown = torch.cat([pixels[: SHEET_SIZE // len(self.held_out) + 1] for pixels in self.held_out.values()])
+        rows = [shown, self.codec.reconstruct(shown.to(self.codec.device)).cpu()]
+        self.codec.train()
+        contact_sheet([p for row in rows for p in to_pictures(row)], path, columns=len(shown))
+
+
+def reconstruction_losses(
+    reconstruction: torch.Tensor, pixel_values: torch.Tensor, weights: CodecLossConfig
+) -> dict[str, torch.Tensor]:
+    """Named losses and their weighted sum, of two `[B, 3, H, W]`."""
+    error = reconstruction - pixel_values
+    squared, absolute = error.square().mean(), error.abs().mean()
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    loss = weights.squared * squared + weights.absolute * absolute + weights.edges * edges
+    return {"loss": loss, "squared": squared, "absolute": absolute, "edges": edges}
+
+
+def held_out_pixels(world: str, size: int) -> torch.Tensor:
+    """Held-out pictures of one world, float `[size, 3, H, W]`."""
+    mixture = Mixture({world: 1.0}, split="held_out", seed=1)
+    return to_pixel_values(np.stack([np.asarray(mixture.example(index)[1].image) for index in range(size)]))
+
+
+def train_codec(recipe: CodecRecipe) -> RunDirectory:
+    """Train a codec and save it, with its image processor, under `model/` of the run directory."""
+    torch.manual_seed(recipe.run.seed)
+    directory = RunDirectory(recipe.run)
+    mixture = Mixture(recipe.data.worlds, seed=recipe.run.seed)
+    pool = render_pool(mixture, recipe.data.pool_size, directory.root / "pool.npy")
+    task = CodecTask(recipe, pool)
+    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision)
+    directory = run_loop(task, loop, recipe)
+    task.codec.eval()
+    with atomic_directory(directory.model) as path:
+        task.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
+        size = {"height": task.codec.config.image_size, "width": task.codec.config.image_size}
+        VisualCodecImageProcessor(size=size).save_pretrained(path)
+    directory.finish(task.validate())
+    return directory

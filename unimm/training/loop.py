@@ -1,0 +1,139 @@
+"""The loop of the stages that learn pictures (codec, detokenizer), on accelerate.
+
+A task owns a model, makes its batches as a pure function of the step, and names its losses; the loop owns everything else:
+precision, optimiser, logs, plots, sheets, checkpoints and exact resumption.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from tqdm import tqdm
+
+from unimm.training.optimizer import OptimizerConfig, build_optimizer
+from unimm.training.plots import plot_metrics
+from unimm.training.run_directory import RunConfig, RunDirectory
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Steps between log lines, between validations with a sample sheet and plots, and between checkpoints."""
+
+    every: int = 20
+    validate_every: int = 500
+    save_every: int = 500
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the loop reads of a recipe. `precision` is accelerate's: no, bf16 or fp16."""
+
+    run: RunConfig
+    optimizer: OptimizerConfig
+    logging: LoggingConfig
+    precision: str
+
+
+class VisualTask(Protocol):
+    """What the loop asks of a stage."""
+
+    model: nn.Module
+
+    def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
+        """Named losses of one batch; `loss` is minimised."""
+
+    def validate(self) -> dict[str, float]:
+        """Named figures on pictures that training never shows."""
+
+    def draw_sheet(self, path: Path) -> None:
+        """Write a picture of samples."""
+
+
+def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
+    """Train `task.model` to the end, resuming from the last checkpoint where there is one.
+
+    Raises:
+        ValueError: a loss that is not finite, or a run directory of another recipe.
+    """
+    set_seed(config.run.seed)
+    directory = RunDirectory(config.run)
+    accelerator = Accelerator(mixed_precision=config.precision)
+    if accelerator.is_main_process:
+        directory.start(recipe)
+    optimizer, schedule = build_optimizer(task.model, config.optimizer)
+    model, optimizer, schedule = accelerator.prepare(task.model, optimizer, schedule)
+    start = _resume(accelerator, directory)
+    bar = tqdm(
+        range(start, config.optimizer.steps),
+        initial=start,
+        total=config.optimizer.steps,
+        desc=config.run.name,
+        disable=not accelerator.is_local_main_process,
+    )
+    began = time.monotonic()
+    for step in bar:
+        losses = task.losses(model, step, accelerator.process_index)
+        accelerator.backward(losses["loss"])
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if done % config.logging.every == 0 or done == config.optimizer.steps:
+            record = {name: float(value.detach()) for name, value in losses.items()}
+            check_finite(record, done)
+            record |= {"gradient_norm": float(norm), "lr": schedule.get_last_lr()[0]}
+            bar.set_postfix(loss=f"{record['loss']:.4f}")
+            if accelerator.is_main_process:
+                directory.log({"step": done, "seconds": round(time.monotonic() - began, 1), **record})
+        if done % config.logging.validate_every == 0 or done == config.optimizer.steps:
+            _look(accelerator, task, directory, done)
+        if done % config.logging.save_every == 0 or done == config.optimizer.steps:
+            _save(accelerator, directory, done)
+    return directory
+
+
+def check_finite(record: dict[str, float], step: int) -> None:
+    """Raise `ValueError` where a loss is NaN or infinite, naming the way out."""
+    bad = [name for name, value in record.items() if not abs(value) < float("inf")]
+    if bad:
+        raise ValueError(
+            f"{', '.join(bad)} is not finite at step {step}. Lower optimizer.lr, raise optimizer.warmup, or set "
+            "precision: 'no'; the last checkpoint is whole and the run resumes from it."
+        )
+
+
+def _resume(accelerator: Accelerator, directory: RunDirectory) -> int:
+    checkpoint = directory.last_checkpoint()
+    if checkpoint is None:
+        return 0
+    accelerator.load_state(str(checkpoint))
+    step = int(checkpoint.name.removeprefix("step-"))
+    if accelerator.is_main_process:
+        directory.rewind(step)
+        accelerator.print(f"{directory.root}: resuming at step {step}")
+    return step
+
+
+def _look(accelerator: Accelerator, task: VisualTask, directory: RunDirectory, step: int) -> None:
+    if accelerator.is_main_process:
+        directory.log({"step": step, **task.validate()})
+        task.draw_sheet(directory.samples / f"step-{step:08d}.png")
+        plot_metrics(directory.metrics(), directory.plots / "metrics.png")
+    accelerator.wait_for_everyone()
+
+
+def _save(accelerator: Accelerator, directory: RunDirectory, step: int) -> None:
+    # One process writes: the loop's state is the same on all of them but for the RNG, and batches do not use it.
+    if accelerator.is_main_process:
+        with directory.checkpoint(step) as path:
+            accelerator.save_state(str(path))
+        directory.prune()
+    accelerator.wait_for_everyone()
