@@ -1,0 +1,9 @@
+"""Constrained, guided generation on the stock loop.
+
+In: scores and ids. Out: scores and ids, legal and guided. Never knows where ids come from or what codes look like.
+"""
+
+from unimm.generation.mixin import UniMMGenerationMixin
+from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
+
+__all__ = ["ClassifierFreeGuidance", "GrammarLogitsProcessor", "UniMMGenerationMixin"]

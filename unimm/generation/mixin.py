@@ -1,0 +1,157 @@
+"""`generate` with the grammar always on and guidance batched: small overrides around the stock loop."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+
+from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
+
+GENERATION_MODES = (None, "text", "image")
+
+
+class UniMMGenerationMixin(GenerationMixin):
+    """For models whose config has `grammar`, `vocabulary` and `null_prompt_ids`."""
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        guidance_scale: float | torch.Tensor | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate text and pictures; the arguments of transformers' `generate`, and these.
+
+        Args:
+            guidance_scale: strength of guidance inside pictures, or one per sample `[B]`; 1 or None turns it off.
+            negative_prompt_ids: what to steer away from, `[B, U]`, padded on the left; the empty request by default.
+            generation_mode: `image` opens a picture at once and stops at its end, `text` opens none, None lets the
+                model decide.
+
+        Raises:
+            ValueError: an unknown mode, or guidance with beam search, assisted or prompt-lookup decoding.
+        """
+        if generation_mode not in GENERATION_MODES:
+            raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
+        config = copy.deepcopy(generation_config or self.generation_config)
+        kwargs = config.update(**kwargs)
+        if guidance_scale is None:
+            guidance_scale = config.guidance_scale
+        config.guidance_scale = None
+        input_ids = kwargs.pop("input_ids", inputs)
+        vocabulary = self.config.vocabulary
+        if generation_mode == "text":
+            config.suppress_tokens = [*(config.suppress_tokens or []), vocabulary.boi_token_id]
+        if generation_mode == "image":
+            input_ids, kwargs["attention_mask"] = append_token(
+                input_ids, kwargs.get("attention_mask"), vocabulary.boi_token_id
+            )
+            config.eos_token_id = vocabulary.eoi_token_id
+        if guidance_scale is None or (isinstance(guidance_scale, (int, float)) and guidance_scale == 1):
+            return super().generate(input_ids, config, **kwargs)
+        self._refuse_unguidable(config, kwargs)
+        negative = self._negative_prompt(negative_prompt_ids, input_ids)
+        if generation_mode == "image":
+            negative = torch.cat([negative, torch.full_like(negative[:, :1], vocabulary.boi_token_id)], dim=1)
+        if isinstance(guidance_scale, torch.Tensor):
+            guidance_scale = guidance_scale.to(input_ids.device).repeat_interleave(config.num_return_sequences or 1)
+        guidance = ClassifierFreeGuidance(self.config.grammar, guidance_scale)
+        return super().generate(
+            input_ids,
+            config,
+            unconditional_ids=negative,
+            unconditional_mask=(negative != vocabulary.pad_token_id).long(),
+            guidance=guidance,
+            **kwargs,
+        )
+
+    def _refuse_unguidable(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        beams, lookup = config.num_beams or 1, config.prompt_lookup_num_tokens
+        if beams > 1 or lookup or kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "Guidance runs two rows per sample, which beam search, assisted and prompt-lookup decoding cannot follow; "
+                "use greedy or sampled decoding, or guidance_scale=1."
+            )
+
+    def _negative_prompt(self, negative: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
+        if negative is None:
+            null_prompt = self.config.null_prompt_ids or [self.config.vocabulary.boi_token_id]
+            negative = torch.tensor([null_prompt], device=input_ids.device)
+        return negative.to(input_ids.device).expand(input_ids.shape[0], -1)
+
+    def _get_logits_processor(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        *args: Any,
+        device: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
+        stock = super()._get_logits_processor(
+            generation_config, *args, device=device, model_kwargs=model_kwargs, **kwargs
+        )
+        guidance = (model_kwargs or {}).pop("guidance", None)
+        grammar = GrammarLogitsProcessor(self.config.grammar, device or self.device)
+        return LogitsProcessorList([*([guidance] if guidance else []), grammar, *stock])
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        unconditional_ids: torch.Tensor | None = None,
+        unconditional_mask: torch.Tensor | None = None,
+        guidance: ClassifierFreeGuidance | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Stock inputs; under guidance the batch is doubled, the unconditional rows below the conditional ones."""
+        if unconditional_ids is not None and unconditional_mask is not None:
+            if attention_mask is None:  # the stock loop drops a mask of ones
+                attention_mask = torch.ones_like(input_ids)
+            # The mask of the unconditional rows has grown by the tokens generated so far, which both halves share.
+            generated = unconditional_mask.shape[1] - unconditional_ids.shape[1]
+            shared = input_ids[:, input_ids.shape[1] - generated :]
+            rows = (input_ids, torch.cat([unconditional_ids, shared], dim=1))
+            masks = (attention_mask, unconditional_mask)
+            length = max(row.shape[1] for row in rows)
+            input_ids = torch.cat([pad_left(row, length, self.config.vocabulary.pad_token_id) for row in rows])
+            attention_mask = torch.cat([pad_left(mask, length, 0) for mask in masks])
+            kwargs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+            next_sequence_length = None if is_first_iteration else next_sequence_length
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _update_model_kwargs_for_generation(  # type: ignore[override]
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if (mask := model_kwargs.get("unconditional_mask")) is not None:
+            model_kwargs["unconditional_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        return model_kwargs
+
+
+def pad_left(rows: torch.Tensor, length: int, value: int) -> torch.Tensor:
+    """`[B, T]` to `[B, length]`."""
+    return torch.nn.functional.pad(rows, (length - rows.shape[1], 0), value=value)
+
+
+def append_token(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, token: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, T]` ids and mask with one more token in every row."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    extended = torch.cat([input_ids, torch.full_like(input_ids[:, :1], token)], dim=1)
+    return extended, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)

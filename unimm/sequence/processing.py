@@ -1,0 +1,240 @@
+"""Messages to ids and pixels, and generated ids back to text and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from unimm.codes import VisualCodes
+from unimm.sequence.grammar import ImageSpan, SpanGrammar, SpanShape
+from unimm.sequence.vocabulary import VisualVocabulary
+
+OWN_CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
+ESCAPE = "\u200b"  # zero-width space: breaks the spelling of a special token, not the look of the text
+IGNORED_LABEL = -100
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A piece of an answer that is text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A piece of an answer that is a picture; `complete` is False where generation stopped inside it."""
+
+    codes: VisualCodes
+    complete: bool
+
+
+@dataclass(frozen=True)
+class EncodedMessages:
+    """A training row: ids, and labels that are -100 where nothing is learned."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def size_text(grid: Sequence[int]) -> str:
+    """How a picture's size is spelled after `<boi>`; the colon ends the number."""
+    return f"{grid[0]}*{grid[1]}:"
+
+
+class UniMMProcessor(ProcessorMixin):
+    """Owns a text tokenizer and an image processor; the visual tokenizer is a model and stays outside.
+
+    Args:
+        image_processor: of the codec.
+        tokenizer: with `boi_token`, `eoi_token` and `image_token`; see `from_tokenizer`.
+        grids: legal (rows, columns) of pictures; with one, spans spell no size.
+        codebook_size: of the codec.
+        text_rows: rows of the language model that belong to text.
+        downsample: pixels per grid cell.
+        chat_template: Jinja; None takes the tokenizer's, or ours.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        grids: Sequence[Sequence[int]] = ((8, 8),),
+        codebook_size: int = 4096,
+        text_rows: int | None = None,
+        downsample: int = 16,
+        chat_template: str | None = None,
+    ) -> None:
+        self.grids = [list(grid) for grid in grids]
+        self.codebook_size = codebook_size
+        self.text_rows = text_rows or len(tokenizer)
+        self.downsample = downsample
+        self.image_token = tokenizer.image_token
+        self.image_token_id = tokenizer.image_token_id
+        template = chat_template or tokenizer.chat_template or OWN_CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=template)
+
+    @classmethod
+    def from_tokenizer(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any,
+        *,
+        grids: Sequence[Sequence[int]],
+        codebook_size: int,
+        downsample: int,
+        text_rows: int | None = None,
+    ) -> UniMMProcessor:
+        """A processor over any text tokenizer; the three structural tokens are added where they are missing.
+
+        Raises:
+            ValueError: the structural tokens do not fit into `text_rows`.
+        """
+        named = {"boi_token": "<|boi|>", "eoi_token": "<|eoi|>", "image_token": "<|image|>"}
+        missing = {name: token for name, token in named.items() if name not in tokenizer.special_tokens_map}
+        if missing:
+            tokenizer.add_special_tokens({**missing}, replace_extra_special_tokens=False)
+        if text_rows is not None and len(tokenizer) > text_rows:
+            raise ValueError(
+                f"The text vocabulary has {len(tokenizer)} tokens with the structural ones, the model has {text_rows} text "
+                "rows; pass text_rows of at least that many."
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
+        return cls(image_processor, tokenizer, grids, codebook_size, text_rows, downsample)
+
+    @property
+    def shapes(self) -> tuple[SpanShape, ...]:
+        """The legal pictures."""
+        spelled = len(self.grids) > 1
+        prefixes = [self._text_ids(size_text(grid)) if spelled else [] for grid in self.grids]
+        return tuple(
+            SpanShape((rows, columns), tuple(prefix), rows * columns, rows * columns)
+            for (rows, columns), prefix in zip(self.grids, prefixes, strict=True)
+        )
+
+    @property
+    def vocabulary(self) -> VisualVocabulary:
+        tokenizer = self.tokenizer
+        return VisualVocabulary(
+            image_token_offset=self.text_rows,
+            codebook_size=self.codebook_size,
+            boi_token_id=tokenizer.boi_token_id,
+            eoi_token_id=tokenizer.eoi_token_id,
+            image_token_id=tokenizer.image_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    @property
+    def grammar(self) -> SpanGrammar:
+        return SpanGrammar(self.vocabulary, self.shapes)
+
+    def escape(self, text: str) -> str:
+        """Text in which nothing spells a special token."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, token[0] + ESCAPE + token[1:])
+        return text
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers, with the text of every message escaped first.
+
+        Raises:
+            ValueError: a prompt longer than the model takes, when it is tokenized here.
+        """
+        batched = bool(conversation) and isinstance(conversation[0], list)
+        conversations = conversation if batched else [conversation]
+        escaped = [[self._escape_message(message) for message in messages] for messages in conversations]
+        encoded = super().apply_chat_template(escaped if batched else escaped[0], chat_template, **kwargs)
+        if isinstance(encoded, BatchFeature):
+            longest = max(len(row) for row in encoded["input_ids"])
+            self._check_length(longest)
+        return encoded
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """The text that one picture becomes in a prompt: `<boi>` size placeholders `<eoi>`."""
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        grid = [height // self.downsample, width // self.downsample]
+        size = size_text(grid) if len(self.grids) > 1 else ""
+        placeholders = self.image_token * (grid[0] * grid[1])
+        return f"{self.tokenizer.boi_token}{size}{placeholders}{self.tokenizer.eoi_token}"
+
+    def encode_messages(
+        self, messages: list[Message], images: Sequence[VisualCodes], *, answers_only: bool
+    ) -> EncodedMessages:
+        """A training row of pre-tokenised pictures.
+
+        Args:
+            messages: chat messages whose image parts stand for `images`, in order.
+            images: one picture each.
+            answers_only: learn the assistant's turns only, their end tokens included.
+
+        Raises:
+            ValueError: another number of pictures than image parts, a row that is too long, or a chat template without
+                generation markers where `answers_only` needs them.
+        """
+        escaped = [self._escape_message(message) for message in messages]
+        encoded = self.tokenizer.apply_chat_template(
+            escaped,
+            chat_template=self.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=answers_only,
+        )
+        ids: list[int] = encoded["input_ids"]
+        learned = encoded["assistant_masks"] if answers_only else [1] * len(ids)
+        if answers_only and not any(learned):
+            raise ValueError("The chat template marks no assistant turn; add {% generation %} markers around the answers.")
+        if ids.count(self.image_token_id) != len(images):
+            raise ValueError(f"The messages have {ids.count(self.image_token_id)} image parts for {len(images)} pictures.")
+        grammar, pictures = self.grammar, iter(images)
+        row = EncodedMessages([], [])
+        for token, keep in zip(ids, learned, strict=True):
+            piece = grammar.build(next(pictures)) if token == self.image_token_id else [token]
+            row.input_ids.extend(piece)
+            row.labels.extend(piece if keep else [IGNORED_LABEL] * len(piece))
+        self._check_length(len(row.input_ids))
+        return row
+
+    def null_prompt_ids(self) -> list[int]:
+        """The prompt of an empty request: what guidance steers away from."""
+        messages = [{"role": "user", "content": ""}]
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        return self._text_ids(text)
+
+    def parse(self, ids: Sequence[int] | torch.Tensor) -> list[TextPart | ImagePart]:
+        """Generated ids to the parts of an answer, in order; structural tokens and empty text are left out."""
+        plain = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        parts: list[TextPart | ImagePart] = []
+        for span in self.grammar.parse(plain):
+            if isinstance(span, ImageSpan):
+                codes = torch.tensor([code or 0 for code in span.codes], dtype=torch.int64).view(1, -1, 1)
+                grid = [span.grid] if span.grid else None
+                parts.append(ImagePart(VisualCodes(codes, torch.ones_like(codes[..., 0], dtype=torch.bool), grid), span.complete))
+            elif text := self.tokenizer.decode(list(span.ids), skip_special_tokens=True).replace(ESCAPE, ""):
+                parts.append(TextPart(text))
+        return parts
+
+    def _text_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _escape_message(self, message: Message) -> Message:
+        content = message["content"]
+        if isinstance(content, str):
+            return {**message, "content": self.escape(content)}
+        parts = [{**part, "text": self.escape(part["text"])} if part["type"] == "text" else part for part in content]
+        return {**message, "content": parts}
+
+    def _check_length(self, length: int) -> None:
+        limit = self.tokenizer.model_max_length
+        if length > limit:
+            raise ValueError(f"The prompt is {length} tokens long; this model takes {limit}. Shorten the text.")

@@ -1,0 +1,323 @@
+"""The unified model: a text backbone over one row space, with the codec beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
+from unimm.codes import VisualCodes
+from unimm.generation import UniMMGenerationMixin
+from unimm.sequence import ImageSpan, UniMMProcessor
+from unimm.unified.configuration import UniMMConfig
+from unimm.unified.losses import factored_cross_entropy
+
+
+@dataclass
+class UniMMOutput(ModelOutput):
+    """What `forward` returns.
+
+    Args:
+        loss: scalar, with `labels`.
+        logits: `[B, T, V]`, unmasked: the grammar lives in generation.
+        past_key_values: the cache.
+        text_loss, image_loss: means over text and over code targets, with `labels`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    text_loss: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None
+
+
+class UniMMPreTrainedModel(PreTrainedModel):
+    """Weights, flags and initialisation that the body and the whole share."""
+
+    config_class = UniMMConfig
+    config: UniMMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["visual"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, UniMMForConditionalGeneration):
+            init.normal_(module.lm_head.weight, std=0.02)
+
+
+class UniMMModel(UniMMPreTrainedModel):
+    """The body: ids (or pixels behind placeholders) to hidden states."""
+
+    def __init__(self, config: UniMMConfig) -> None:
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.visual = VisualCodecModel(config.codec_config) if config.codec_config is not None else None
+        if self.visual is not None:
+            self.visual.requires_grad_(False)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> UniMMModel:
+        """The codec is frozen and stays in eval mode."""
+        super().train(mode)
+        if self.visual is not None:
+            self.visual.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Code embeddings of pictures, `[B, N, D]`."""
+        return self.get_input_embeddings()(self.codes_to_ids(self.codec.encode(pixel_values)))
+
+    @property
+    def codec(self) -> VisualCodecModel:
+        """The codec.
+
+        Raises:
+            ValueError: the model was built without one.
+        """
+        if self.visual is None:
+            raise ValueError("This model has no codec, so it takes no pixels; load one whose config has codec_config.")
+        return self.visual
+
+    def codes_to_ids(self, codes: VisualCodes) -> torch.Tensor:
+        """Token ids of single codes, `[B, N]`."""
+        return self.config.vocabulary.to_token_ids(codes.ids[..., 0])
+
+    def place_pictures(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Replace placeholders by the codes of the pictures, in order.
+
+        Raises:
+            ValueError: another number of placeholders than codes.
+        """
+        placeholders = input_ids == self.config.image_token_id
+        ids = self.codes_to_ids(self.codec.encode(pixel_values))
+        if int(placeholders.sum()) != ids.numel():
+            raise ValueError(
+                f"The prompt has {int(placeholders.sum())} picture placeholders for {ids.numel()} codes of "
+                f"{len(pixel_values)} pictures; give one image part per picture."
+            )
+        return input_ids.masked_scatter(placeholders, ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states `[B, T, D]` of ids `[B, T]`; see the text model for the other arguments."""
+        if pixel_values is not None and input_ids is not None:
+            input_ids = self.place_pictures(input_ids, pixel_values)
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
+    """Reads and draws: any causal language model over text rows and code rows, with a plain head."""
+
+    def __init__(self, config: UniMMConfig) -> None:
+        super().__init__(config)
+        self.model = UniMMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.vocabulary.size, bias=False)
+        self.post_init()
+
+    @property
+    def visual(self) -> VisualCodecModel | None:
+        return self.model.visual
+
+    @property
+    def codec(self) -> VisualCodecModel:
+        """The codec; ValueError where there is none."""
+        return self.model.codec
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Code embeddings of pictures, `[B, N, D]`."""
+        return self.model.get_image_features(pixel_values)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> UniMMOutput:
+        """Logits, or the modality-factored loss where `labels` are given (then no logits are made).
+
+        Args:
+            input_ids: int64 `[B, T]`; placeholders stand for the codes of `pixel_values`.
+            pixel_values: float `[pictures, 3, H, W]` in [-1, 1], in reading order.
+            labels: int64 `[B, T]`, not shifted; -100 is ignored, and placeholders take the codes of the pictures.
+            logits_to_keep: logits of the last positions only; 0 keeps all.
+            num_items_in_batch: targets of the whole batch, where this call sees a part of it.
+        """
+        if pixel_values is not None and input_ids is not None:
+            placed = self.model.place_pictures(input_ids, pixel_values)
+            if labels is not None:
+                labels = torch.where(labels == self.config.image_token_id, placed, labels)
+            input_ids = placed
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        result = UniMMOutput(
+            past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.lm_head(hidden[:, kept])
+            return result
+        factored = factored_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            labels,
+            self.config.vocabulary,
+            image_weight=self.config.image_loss_weight,
+            num_targets=num_items_in_batch,
+        )
+        result.loss, result.text_loss, result.image_loss = factored.loss, factored.text_loss, factored.image_loss
+        return result
+
+    def decode_image_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Pixels `[pictures, 3, H, W]` in [-1, 1] of every whole picture in a generated sequence `[T]` or `[1, T]`.
+
+        Raises:
+            ValueError: no whole picture.
+        """
+        spans = self.config.grammar.parse(token_ids.flatten().tolist())
+        pictures = [span for span in spans if isinstance(span, ImageSpan) and span.complete and None not in span.codes]
+        if not pictures:
+            raise ValueError("The sequence holds no whole picture; generate more tokens, or ask for a drawing.")
+        decoded = []
+        for span in pictures:
+            ids = torch.tensor(span.codes, device=self.codec.device).view(1, -1, 1)
+            grid = [span.grid] if span.grid else None
+            decoded.append(self.codec.decode(VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool), grid)))
+        return torch.cat(decoded)
+
+    @classmethod
+    def from_backbones(
+        cls, llm: str | PreTrainedModel, codec: VisualCodecModel, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
+        """A new model over a causal language model and a codec, and the processor that goes with it.
+
+        Text rows keep the language model's embeddings and head bit by bit, untied where they were tied; code rows start as
+        noise of the text rows' mean norm.
+
+        Args:
+            llm: a causal language model, or its name or path.
+            codec: with one codebook.
+            tokenizer: of the language model.
+
+        Raises:
+            ValueError: a codec with several codes per position.
+        """
+        backbone = AutoModelForCausalLM.from_pretrained(llm) if isinstance(llm, str) else llm
+        embedding = backbone.get_input_embeddings().weight.data
+        size = {"height": codec.config.image_size, "width": codec.config.image_size}
+        processor = UniMMProcessor.from_tokenizer(
+            tokenizer,
+            VisualCodecImageProcessor(size=size),
+            grids=codec.config.length_policy.grids(),
+            codebook_size=codec.spec_without_fingerprint.single_size,
+            downsample=codec.config.downsample,
+            text_rows=max(len(embedding), len(tokenizer) + 3),
+        )
+        config = config_for(backbone.config, codec, processor)
+        model = cls(config).to(backbone.dtype)
+        model.model.visual = codec.float().eval().requires_grad_(False)
+        state = backbone.base_model.state_dict()
+        name = next(key for key, value in state.items() if value.data_ptr() == embedding.data_ptr())
+        state[name] = extend_rows(embedding, config.vocabulary.size)
+        model.model.language_model.load_state_dict(state)
+        head = backbone.get_output_embeddings().weight.data
+        model.lm_head.weight.data.copy_(extend_rows(head, config.vocabulary.size))
+        return model.eval(), processor
+
+
+def config_for(text_config: Any, codec: VisualCodecModel, processor: UniMMProcessor) -> UniMMConfig:
+    """The configuration of a text model's architecture with a codec's rows added."""
+    vocabulary = processor.vocabulary
+    text = text_config.to_dict() | {"vocab_size": vocabulary.size, "tie_word_embeddings": False}
+    shapes = [
+        {
+            "grid": list(shape.grid) if shape.grid else None,
+            "prefix": list(shape.prefix),
+            "min_codes": shape.min_codes,
+            "max_codes": shape.max_codes,
+        }
+        for shape in processor.shapes
+    ]
+    return UniMMConfig(
+        text_config=text,
+        codec_config=codec.config.to_dict(),
+        image_token_offset=vocabulary.image_token_offset,
+        codebook_size=vocabulary.codebook_size,
+        boi_token_id=vocabulary.boi_token_id,
+        eoi_token_id=vocabulary.eoi_token_id,
+        image_token_id=vocabulary.image_token_id,
+        pad_token_id=vocabulary.pad_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        span_shapes=shapes,
+        null_prompt_ids=processor.null_prompt_ids(),
+    )
+
+
+def extend_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """`[V, D]` with rows of noise appended up to `size`, of the given rows' mean norm."""
+    norm = rows.float().norm(dim=1).mean()
+    noise = torch.randn(size - len(rows), rows.shape[1], dtype=torch.float32) * norm / rows.shape[1] ** 0.5
+    return torch.cat([rows, noise.to(rows.dtype)])
