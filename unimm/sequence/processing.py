@@ -191,9 +191,13 @@ class UniMMProcessor(ProcessorMixin):
         ids: list[int] = encoded["input_ids"]
         learned = encoded["assistant_masks"] if answers_only else [1] * len(ids)
         if answers_only and not any(learned):
-            raise ValueError("The chat template marks no assistant turn; add {% generation %} markers around the answers.")
+            raise ValueError(
+                "The chat template marks no assistant turn; add {% generation %} markers around the answers."
+            )
         if ids.count(self.image_token_id) != len(images):
-            raise ValueError(f"The messages have {ids.count(self.image_token_id)} image parts for {len(images)} pictures.")
+            raise ValueError(
+                f"The messages have {ids.count(self.image_token_id)} image parts for {len(images)} pictures."
+            )
         grammar, pictures = self.grammar, iter(images)
         row = EncodedMessages([], [])
         for token, keep in zip(ids, learned, strict=True):
@@ -219,7 +223,9 @@ class UniMMProcessor(ProcessorMixin):
             if isinstance(span, ImageSpan):
                 codes = torch.tensor([code or 0 for code in span.codes], dtype=torch.int64).view(1, -1, 1)
                 grid = [span.grid] if span.grid else None
-                parts.append(ImagePart(VisualCodes(codes, torch.ones_like(codes[..., 0], dtype=torch.bool), grid), span.complete))
+                parts.append(
+                    ImagePart(VisualCodes(codes, torch.ones_like(codes[..., 0], dtype=torch.bool), grid), span.complete)
+                )
             elif text := self.tokenizer.decode(list(span.ids), skip_special_tokens=True).replace(ESCAPE, ""):
                 parts.append(TextPart(text))
         return parts

@@ -1,0 +1,38 @@
+"""One entry for every stage: a recipe's `task` says which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from unimm.config import from_dict, read_yaml, set_by_path
+from unimm.training.codec import CodecRecipe, train_codec
+from unimm.training.language import LanguageRecipe, train_language
+from unimm.training.run_directory import RunDirectory
+
+STAGES = {
+    "codec": (CodecRecipe, train_codec),
+    "pretrain": (LanguageRecipe, train_language),
+    "sft": (LanguageRecipe, train_language),
+}
+
+
+def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> RunDirectory:
+    """Run a recipe to its end, or go on where it stopped; a finished run is left alone.
+
+    Raises:
+        ValueError: an unknown task, key or value.
+    """
+    data = read_yaml(recipe_path)
+    for override in overrides:
+        set_by_path(data, override)
+    task = data.get("task")
+    if task not in STAGES:
+        raise ValueError(f"{recipe_path}: task is {task!r}; it must be one of {', '.join(STAGES)}.")
+    recipe_class, run = STAGES[task]
+    recipe = from_dict(recipe_class, data, where=str(recipe_path))
+    directory = RunDirectory(recipe.run)
+    if directory.finished:
+        print(f"{directory.root} is finished; delete it to train again.")
+        return directory
+    return run(recipe)
