@@ -1,0 +1,175 @@
+"""Draw, understand, chat: a model and its processor behind three calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+from unimm.codes import VisualCodes
+from unimm.sequence import ImagePart, TextPart, UniMMProcessor
+from unimm.unified import UniMMForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture and the codes that it was decoded from."""
+
+    image: Image.Image
+    codes: VisualCodes
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: text and pictures, in order."""
+
+    parts: tuple[TextPart | Picture, ...]
+
+    @property
+    def text(self) -> str:
+        """All text, joined."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart)).strip()
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All pictures, RGB."""
+        return [part.image for part in self.parts if isinstance(part, Picture)]
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The reply as an assistant's chat message, to continue a conversation with."""
+        content = [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image", "image": part.image}
+            for part in self.parts
+        ]
+        return {"role": "assistant", "content": content}
+
+
+class UniMM:
+    """One model that reads and draws.
+
+    Args:
+        model: with its codec.
+        processor: of the model.
+    """
+
+    def __init__(self, model: UniMMForConditionalGeneration, processor: UniMMProcessor) -> None:
+        self.model = model
+        self.processor = processor
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[Reply]:
+        """Draw: `n` replies of one picture each per prompt, prompt by prompt.
+
+        Args:
+            prompts: what to draw, one or several; they run as one batch.
+            n: pictures per prompt.
+            seed: repeats the drawings; None draws anew.
+            guidance: strength of classifier-free guidance, 1 is none.
+            temperature, top_p: of sampling; temperature 0 is greedy.
+
+        Raises:
+            ValueError: an empty prompt, or one that is longer than the model takes.
+        """
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not listed or not all(prompt.strip() for prompt in listed):
+            raise ValueError("The prompt is empty; say what to draw, for example 'a red heart'.")
+        requests = [[{"role": "user", "content": prompt}] for prompt in listed for _ in range(n)]
+        rows = self._answer(
+            requests, seed=seed, mode="image", guidance=guidance, temperature=temperature, top_p=top_p
+        )
+        return self._replies(rows)
+
+    def understand(
+        self, images: Image.Image | Sequence[Image.Image], questions: str | Sequence[str] = "describe the picture"
+    ) -> list[Reply]:
+        """Answer a question about each picture, greedily.
+
+        Args:
+            images: one picture or several.
+            questions: one for all, or one per picture.
+        """
+        listed = [images] if isinstance(images, Image.Image) else list(images)
+        asked = [questions] * len(listed) if isinstance(questions, str) else list(questions)
+        requests = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+            for image, question in zip(listed, asked, strict=True)
+        ]
+        return self._replies(self._answer(requests, seed=None, mode="text", guidance=1.0, temperature=0.0, top_p=1.0))
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        seed: int | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Reply:
+        """The next turn of a conversation; the model decides where it draws."""
+        rows = self._answer(
+            [list(messages)], seed=seed, mode=None, guidance=guidance, temperature=temperature, top_p=top_p
+        )
+        return self._replies(rows)[0]
+
+    @torch.no_grad()
+    def _answer(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        *,
+        seed: int | None,
+        mode: str | None,
+        guidance: float,
+        temperature: float,
+        top_p: float,
+    ) -> list[list[int]]:
+        """Generated ids of every conversation, the picture's opening included."""
+        inputs = self._inputs(conversations)
+        if seed is not None:
+            torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        output = self.model.generate(
+            **inputs.to(self.model.device), generation_mode=mode, guidance_scale=guidance, **sampling
+        )
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+    def _inputs(self, conversations: list[list[dict[str, Any]]]) -> BatchFeature:
+        return self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True},
+        )
+
+    def _replies(self, rows: list[list[int]]) -> list[Reply]:
+        parsed = [[part for part in self.processor.parse(row) if isinstance(part, TextPart) or part.complete] for row in rows]
+        drawn = [part.codes for parts in parsed for part in parts if isinstance(part, ImagePart)]
+        pictures = iter(self.decode(drawn))
+        return [
+            Reply(tuple(next(pictures) if isinstance(part, ImagePart) else part for part in parts)) for parts in parsed
+        ]
+
+    @torch.no_grad()
+    def decode(self, codes: Sequence[VisualCodes]) -> list[Picture]:
+        """Pictures of single codes, each decoded by the codec."""
+        pictures = []
+        for single in codes:
+            pixels = self.model.codec.decode(single.to(self.model.device))[0]
+            levels = ((pixels.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            pictures.append(Picture(Image.fromarray(np.ascontiguousarray(levels)), single))
+        return pictures

@@ -1,0 +1,127 @@
+"""Judge of shapes scenes: finds the objects in the pixels and compares them with the facts, without a model.
+
+Ground by the border's median, objects by connected components, colour by the nearest palette entry of the interior, shape
+by the overlap of the object's box with each outline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
+
+from unimm.scorers.facts import RELATIONS, SceneFacts
+from unimm.scorers.outlines import SHAPES, coverage
+from unimm.scorers.palette import nearest_colour, to_lab
+
+FOREGROUND_DISTANCE = 18.0  # CIE Lab
+MIN_AREA = 60  # pixels
+BORDER = 3
+TEMPLATE_SIDE = 32
+
+
+@dataclass(frozen=True)
+class FoundObject:
+    """An object in the pixels; `centre` is (x, y) of its box."""
+
+    shape: str
+    colour: str
+    centre: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SceneVerdict:
+    """What holds of the picture.
+
+    Args:
+        count: as many objects as the facts name.
+        shapes: the same shapes, whatever their colours.
+        binding: every object has its own shape and colour.
+        relation: the first object stands to the second as stated; True where nothing is stated.
+    """
+
+    count: bool
+    shapes: bool
+    binding: bool
+    relation: bool
+
+    @property
+    def exact(self) -> bool:
+        return self.count and self.binding and self.relation
+
+
+def foreground(image: Image.Image) -> np.ndarray:
+    """Where the picture differs from its border's median colour, bool `[H, W]`."""
+    lab = to_lab(np.asarray(image.convert("RGB")))
+    edges = (lab[:BORDER], lab[-BORDER:], lab[:, :BORDER], lab[:, -BORDER:])
+    ground = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
+    return np.linalg.norm(lab - ground, axis=-1) > FOREGROUND_DISTANCE
+
+
+def find_objects(image: Image.Image) -> list[FoundObject]:
+    """Every object of at least 60 pixels."""
+    pixels = np.asarray(image.convert("RGB"))
+    labels, _ = ndimage.label(foreground(image), structure=np.ones((3, 3)))
+    found = []
+    for index, box in enumerate(ndimage.find_objects(labels), start=1):
+        mask = labels[box] == index
+        if mask.sum() < MIN_AREA:
+            continue
+        interior = ndimage.binary_erosion(mask, iterations=2)
+        colour = np.median(pixels[box][interior if interior.any() else mask], axis=0)
+        centre = ((box[1].start + box[1].stop) / 2, (box[0].start + box[0].stop) / 2)
+        found.append(FoundObject(_nearest_shape(mask), nearest_colour(colour), centre))
+    return found
+
+
+def verify_scene(image: Image.Image, facts: SceneFacts) -> SceneVerdict:
+    """Compare a picture with the facts of a shapes scene."""
+    found, wanted = find_objects(image), facts.objects
+    # Best assignment, a wrong shape costing more than a wrong colour, so that "red cube, blue ball" is not met by the swap.
+    cost = np.array([[2 * (w.name != f.shape) + (w.colour != f.colour) for f in found] for w in wanted])
+    if len(found) < len(wanted):
+        return SceneVerdict(False, False, False, False)
+    rows, columns = linear_sum_assignment(cost)
+    same_number = len(found) == len(wanted)
+    shapes = same_number and sorted(f.shape for f in found) == sorted(w.name for w in wanted)
+    binding = same_number and int(cost[rows, columns].sum()) == 0
+    relation = True
+    if facts.relation:
+        one, other = found[columns[0]], found[columns[1]]
+        relation = stands(one.centre, other.centre, facts.relation) and int(cost[rows, columns].max()) < 2
+    return SceneVerdict(same_number, shapes, binding, relation)
+
+
+def stands(one: tuple[float, float], other: tuple[float, float], relation: str) -> bool:
+    """Whether one centre is left of, right of, above or below another, that axis being the larger difference."""
+    across, down = RELATIONS[relation]
+    dx, dy = one[0] - other[0], one[1] - other[1]
+    return dx * across > abs(dy) if across else dy * down > abs(dx)
+
+
+def _nearest_shape(mask: np.ndarray) -> str:
+    boxed = _to_template(mask)
+    overlaps = [
+        np.minimum(boxed, template).sum() / np.maximum(boxed, template).sum() for template in _shape_templates()
+    ]
+    return SHAPES[int(np.argmax(overlaps))]
+
+
+@lru_cache(maxsize=1)
+def _shape_templates() -> tuple[np.ndarray, ...]:
+    return tuple(_to_template(_crop(coverage(shape, 64) > 0.5)) for shape in SHAPES)
+
+
+def _crop(mask: np.ndarray) -> np.ndarray:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _to_template(mask: np.ndarray) -> np.ndarray:
+    """A box's mask at template size, keeping its proportions' stretch to the square."""
+    image = Image.fromarray((mask * 255).astype(np.uint8)).resize((TEMPLATE_SIDE, TEMPLATE_SIDE), Image.Resampling.BOX)
+    return np.asarray(image, dtype=np.float32) / 255
