@@ -5,6 +5,7 @@ Importing it makes the Auto classes of transformers load its models, codecs and 
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
 from unimm.codes import CodeSpec, VisualCodes
+from unimm.pipelines import load
 from unimm.sequence import ImagePart, TextPart, UniMMProcessor
 from unimm.unified import UniMMConfig, UniMMForConditionalGeneration, register_auto_classes
 
@@ -22,4 +23,5 @@ __all__ = [
     "VisualCodecImageProcessor",
     "VisualCodecModel",
     "VisualCodes",
+    "load",
 ]

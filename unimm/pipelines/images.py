@@ -21,7 +21,9 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{path} has {image.width} x {image.height} pixels; {MAX_PIXELS:,} are taken. Shrink it first.")
+                raise ValueError(
+                    f"{path} has {image.width} x {image.height} pixels; {MAX_PIXELS:,} are taken. Shrink it first."
+                )
             image.seek(0)
             image.load()
             return image.copy()

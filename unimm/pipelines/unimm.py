@@ -44,7 +44,9 @@ class Reply:
     def message(self) -> dict[str, Any]:
         """The reply as an assistant's chat message, to continue a conversation with."""
         content = [
-            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image", "image": part.image}
+            {"type": "text", "text": part.text}
+            if isinstance(part, TextPart)
+            else {"type": "image", "image": part.image}
             for part in self.parts
         ]
         return {"role": "assistant", "content": content}
@@ -88,9 +90,7 @@ class UniMM:
         if not listed or not all(prompt.strip() for prompt in listed):
             raise ValueError("The prompt is empty; say what to draw, for example 'a red heart'.")
         requests = [[{"role": "user", "content": prompt}] for prompt in listed for _ in range(n)]
-        rows = self._answer(
-            requests, seed=seed, mode="image", guidance=guidance, temperature=temperature, top_p=top_p
-        )
+        rows = self._answer(requests, seed=seed, mode="image", guidance=guidance, temperature=temperature, top_p=top_p)
         return self._replies(rows)
 
     def understand(
@@ -109,6 +109,11 @@ class UniMM:
             for image, question in zip(listed, asked, strict=True)
         ]
         return self._replies(self._answer(requests, seed=None, mode="text", guidance=1.0, temperature=0.0, top_p=1.0))
+
+    def answer(self, prompts: Sequence[str], *, seed: int | None = None) -> list[Reply]:
+        """Sampled answers to several one-turn requests in one batch; the model decides where it draws."""
+        requests = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return self._replies(self._answer(requests, seed=seed, mode=None, guidance=1.0, temperature=1.0, top_p=1.0))
 
     def chat(
         self,
@@ -140,7 +145,9 @@ class UniMM:
         inputs = self._inputs(conversations)
         if seed is not None:
             torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        )
         output = self.model.generate(
             **inputs.to(self.model.device), generation_mode=mode, guidance_scale=guidance, **sampling
         )
@@ -157,7 +164,9 @@ class UniMM:
         )
 
     def _replies(self, rows: list[list[int]]) -> list[Reply]:
-        parsed = [[part for part in self.processor.parse(row) if isinstance(part, TextPart) or part.complete] for row in rows]
+        parsed = [
+            [part for part in self.processor.parse(row) if isinstance(part, TextPart) or part.complete] for row in rows
+        ]
         drawn = [part.codes for parts in parsed for part in parts if isinstance(part, ImagePart)]
         pictures = iter(self.decode(drawn))
         return [

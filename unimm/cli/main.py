@@ -1,0 +1,61 @@
+"""`unimm VERB ...`: parses, calls the verb, and turns errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from unimm.cli import verbs
+
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    with_model = argparse.ArgumentParser(add_help=False, parents=[common])
+    with_model.add_argument("--model", help="model folder or Hub name (default: the shipped unimm-tiny)")
+    parser = argparse.ArgumentParser(prog="unimm", description="One language model that reads and draws.")
+    parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in verbs.VERBS:
+        sub = parsers.add_parser(
+            verb.name,
+            help=verb.help,
+            description=verb.help,
+            epilog=f"example: {verb.example}",
+            parents=[with_model if verb.needs_model else common],
+        )
+        verb.add_arguments(sub)
+        sub.set_defaults(run=verb.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 for what the user can mend, 1 for the rest."""
+    arguments = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+            return 1
+        line = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, USER_ERRORS)
+        print(
+            f"unimm: {line}" if known else f"unimm: {type(error).__name__}: {line} (--debug shows where)",
+            file=sys.stderr,
+        )
+        return 2 if known else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""What each verb is called, takes and does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line."""
+
+    name: str
+    help: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    needs_model: bool = True
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from transformers.utils import logging
+
+    import unimm
+
+    logging.disable_progress_bar()
+    return unimm.load(arguments.model)
+
+
+def _draw_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("-o", "--output", default="out.png", help="PNG to write (default: out.png)")
+    parser.add_argument("--n", type=int, default=1, help="pictures, side by side in one file")
+    parser.add_argument("--seed", type=int, help="repeats a drawing")
+    parser.add_argument("--guidance", type=float, default=1.5, help="strength of guidance, 1 is none (default: 1.5)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from PIL import Image
+
+    from unimm.files import atomic_write
+
+    if arguments.n < 1:
+        raise ValueError(f"--n is {arguments.n}; draw at least one picture.")
+    replies = _load(arguments).generate(
+        arguments.prompt,
+        n=arguments.n,
+        seed=arguments.seed,
+        guidance=arguments.guidance,
+        temperature=arguments.temperature,
+    )
+    pictures = [image for reply in replies for image in reply.images]
+    sheet = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index * picture.width, 0))
+    with atomic_write(Path(arguments.output)) as path:
+        sheet.save(path)
+    print(arguments.output)
+
+
+def _describe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", help="picture file")
+    parser.add_argument("--question", default="describe the picture", help="ask something else")
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    from unimm.pipelines import open_image
+
+    image = open_image(arguments.image)
+    print(_load(arguments).understand(image, arguments.question)[0].text)
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", default="chat_pictures", help="where pictures are saved (default: chat_pictures)")
+    parser.add_argument("--seed", type=int, help="repeats a conversation")
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from unimm.cli.chat import converse
+
+    converse(_load(arguments), folder=arguments.folder, seed=arguments.seed)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", help="key=value, for example optimizer.lr=1e-3")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from unimm.training.recipe import train
+
+    print(train(arguments.recipe, arguments.overrides).root)
+
+
+def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a picture, or a .json file of codes")
+    parser.add_argument("-o", "--output", required=True, help="a .json file of codes, or a picture")
+
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    from unimm.cli.tokenize import codes_to_picture, picture_to_codes
+
+    convert = codes_to_picture if arguments.source.endswith(".json") else picture_to_codes
+    convert(_load(arguments), arguments.source, arguments.output)
+    print(arguments.output)
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", choices=["tiny"], help="tiny: the rendered worlds")
+    parser.add_argument("--limit", type=int, default=200, help="trials per category (default: 200)")
+    parser.add_argument("--folder", help="where report.md, report.json and drawings.png go")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from unimm.evaluation import evaluate_tiny
+
+    command = "unimm evaluate tiny" + (f" --limit {arguments.limit}" if arguments.limit != 200 else "")
+    folder = Path(arguments.folder) if arguments.folder else None
+    print(evaluate_tiny(_load(arguments), command=command, limit=arguments.limit, folder=folder).to_markdown())
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a trained model, for example runs/tiny-sft/model")
+    parser.add_argument("target", help="folder that becomes the Hub repository")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    import unimm
+    from unimm.data.worlds.emoji import NUM_GLYPHS
+    from unimm.evaluation import evaluate_tiny
+    from unimm.hub import write_card, write_repository
+
+    folder = write_repository(Path(arguments.source), Path(arguments.target))
+    report = evaluate_tiny(unimm.load(folder), command="unimm evaluate tiny", folder=folder)
+    write_card(folder, report.to_markdown(), num_emoji=NUM_GLYPHS)
+    print(report.to_markdown())
+
+
+VERBS = (
+    Verb("draw", "draw a picture", 'unimm draw "a red heart above a blue star" -o heart.png', _draw_arguments, _draw),
+    Verb("describe", "say what a picture shows", "unimm describe heart.png", _describe_arguments, _describe),
+    Verb("chat", "talk, with pictures in the answers", "unimm chat", _chat_arguments, _chat),
+    Verb(
+        "train",
+        "run a recipe, or go on where it stopped",
+        "unimm train recipes/tiny/codec.yaml optimizer.steps=100",
+        _train_arguments,
+        _train,
+        needs_model=False,
+    ),
+    Verb("tokenize", "picture to codes and back", "unimm tokenize a.png -o a.json", _tokenize_arguments, _tokenize),
+    Verb("evaluate", "measure a model", "unimm evaluate tiny --limit 20", _evaluate_arguments, _evaluate),
+    Verb(
+        "export",
+        "lay a trained model out as a Hub repository, measured",
+        "unimm export runs/tiny-sft/model model_cards/unimm-tiny",
+        _export_arguments,
+        _export,
+        needs_model=False,
+    ),
+)

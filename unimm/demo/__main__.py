@@ -1,0 +1,5 @@
+"""`python -m unimm.demo`."""
+
+from unimm.demo.tour import main
+
+main()

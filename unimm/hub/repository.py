@@ -1,0 +1,48 @@
+"""Lays a model out as a Hub repository that loads with or without an earlier `import unimm`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from unimm.files import atomic_directory
+from unimm.sequence import UniMMProcessor
+from unimm.unified import UniMMForConditionalGeneration
+
+# One auto class per entry; `register_for_auto_class` would keep a single one.
+AUTO_MAP = {
+    "AutoConfig": "configuration_unimm.UniMMConfig",
+    "AutoModel": "modeling_unimm.UniMMModel",
+    "AutoModelForCausalLM": "modeling_unimm.UniMMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_unimm.UniMMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_unimm.UniMMForConditionalGeneration",
+}
+PROCESSOR_MAP = {"AutoProcessor": "processing_unimm.UniMMProcessor"}
+SHIMS = {
+    "configuration_unimm.py": "from unimm.unified.configuration import UniMMConfig  # noqa: F401\n",
+    "modeling_unimm.py": "from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel  # noqa: F401\n",
+    "processing_unimm.py": "from unimm.sequence.processing import UniMMProcessor  # noqa: F401\n",
+}
+
+
+def write_repository(source: Path, target: Path) -> Path:
+    """Copy a trained model to `target`: the language model in bfloat16, the codec in float32, shims beside them.
+
+    Raises:
+        ValueError: `source` holds no model.
+    """
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} holds no saved model; train one first (make tiny).")
+    model = UniMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
+    model.config.auto_map = AUTO_MAP
+    with atomic_directory(target) as folder:
+        model.save_pretrained(folder)
+        UniMMProcessor.from_pretrained(source).save_pretrained(folder)
+        processor_file = folder / "processor_config.json"
+        settings = json.loads(processor_file.read_text()) | {"auto_map": PROCESSOR_MAP}
+        processor_file.write_text(json.dumps(settings, indent=2) + "\n")
+        for name, text in SHIMS.items():
+            (folder / name).write_text(text)
+    return target
