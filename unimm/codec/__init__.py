@@ -1,7 +1,7 @@
 """The visual tokenizer: pixels to codes and back.
 
-In: `pixel_values` `[B, 3, H, W]` in [-1, 1]. Out: `VisualCodes`, and pixels again. Never knows token ids or the language
-model. (Names say "codec", since the Hub takes a class with "Tokenizer" in its name for a text tokenizer.)
+In: `pixel_values` `[B, 3, H, W]` in [-1, 1]. Out: `VisualCodes`, and pixels again. Never knows token ids or the
+language model. (Names say "codec", since the Hub takes a class with "Tokenizer" in its name for a text tokenizer.)
 """
 
 from unimm.codec.configuration import VisualCodecConfig

@@ -34,4 +34,4 @@ class GridResampler(nn.Module):
 
 
 ResamplerConfig = GridResamplerConfig
-RESAMPLERS: dict[str, tuple[type, type[nn.Module]]] = {"grid": (GridResamplerConfig, GridResampler)}
+RESAMPLERS: dict[str, tuple[type, type[GridResampler]]] = {"grid": (GridResamplerConfig, GridResampler)}

@@ -78,13 +78,13 @@ def _show(
         PICTURE,
         {"type": "text", "text": f"this is {captions[0]}."},
     ]
-    question, reply = questions[rng.integers(len(questions))]
+    question, reply = questions[int(rng.integers(len(questions)))]
     request = _pick(SHOW_PHRASES, rng).format(_pick(captions, rng))
     return [_user(request), _assistant(answer), _user(question), _assistant(reply)]
 
 
 def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _user(content: Any) -> Message:

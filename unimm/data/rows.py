@@ -81,8 +81,8 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
     found = rows[0]["fingerprint"]
     if found != codec.fingerprint():
         raise ValueError(
-            f"The rows in {folder} were made by codec {found}, this one is {codec.fingerprint()}; their codes mean other "
-            "pictures. Delete the folder and tokenize again."
+            f"The rows in {folder} were made by codec {found}, this one is {codec.fingerprint()}; their codes mean "
+            "other pictures. Delete the folder and tokenize again."
         )
     return rows
 

@@ -56,10 +56,11 @@ class Report:
             "|---|---|---|---|---|---|---|",
         ]
         for figure in self.figures:
-            interval = figure.interval
+            bounds = figure.interval
+            interval = f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
             lines.append(
                 f"| {figure.group} | {figure.name} | {_number(figure.value, figure.unit)} | "
-                f"{f'{interval[0]:.3f} to {interval[1]:.3f}' if interval else ''} | {_number(figure.target, figure.unit)} | "
+                f"{interval} | {_number(figure.target, figure.unit)} | "
                 f"{'' if figure.ceiling is None else _number(figure.ceiling, figure.unit)} | {figure.trials} |"
             )
         return "\n".join([*lines, "", f"Measured by `{self.command}`."])

@@ -210,7 +210,7 @@ def measure_reading(model: UniMM, task: ReadingTask, limit: int) -> Figure:
 
 
 def well_formed(model: UniMM, number: int) -> Figure:
-    """The share of sampled answers to drawing requests, the model opening the picture itself, that parse as whole spans."""
+    """The share of sampled answers to drawing requests that are one whole picture, opened by the model itself."""
     source = WORLDS["shapes"](split="held_out", seed=SEED)
     right = 0
     for start in tqdm(range(0, number, BATCH), desc="well-formed answers", leave=False):

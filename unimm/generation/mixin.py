@@ -17,7 +17,7 @@ class UniMMGenerationMixin(GenerationMixin):
     """For models whose config has `grammar`, `vocabulary` and `null_prompt_ids`."""
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -76,8 +76,8 @@ class UniMMGenerationMixin(GenerationMixin):
         beams, lookup = config.num_beams or 1, config.prompt_lookup_num_tokens
         if beams > 1 or lookup or kwargs.get("assistant_model") is not None:
             raise ValueError(
-                "Guidance runs two rows per sample, which beam search, assisted and prompt-lookup decoding cannot follow; "
-                "use greedy or sampled decoding, or guidance_scale=1."
+                "Guidance runs two rows per sample, which beam search, assisted and prompt-lookup decoding cannot "
+                "follow; use greedy or sampled decoding, or guidance_scale=1."
             )
 
     def _negative_prompt(self, negative: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ class UniMMGenerationMixin(GenerationMixin):
             negative = torch.tensor([null_prompt], device=input_ids.device)
         return negative.to(input_ids.device).expand(input_ids.shape[0], -1)
 
-    def _get_logits_processor(  # type: ignore[override]
+    def _get_logits_processor(
         self,
         generation_config: GenerationConfig,
         *args: Any,
@@ -101,7 +101,7 @@ class UniMMGenerationMixin(GenerationMixin):
         grammar = GrammarLogitsProcessor(self.config.grammar, device or self.device)
         return LogitsProcessorList([*([guidance] if guidance else []), grammar, *stock])
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
@@ -134,7 +134,7 @@ class UniMMGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    def _update_model_kwargs_for_generation(  # type: ignore[override]
+    def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

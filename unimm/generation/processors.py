@@ -23,7 +23,8 @@ class GrammarLogitsProcessor(LogitsProcessor):
 class ClassifierFreeGuidance(LogitsProcessor):
     """Steers pictures away from what the model would draw without a prompt (2207.12598, on logits).
 
-    Scores come as `[2 B, V]`, conditional rows first; inside a picture they become `u + scale * (c - u)`, elsewhere `c`.
+    Scores come as `[2 B, V]`, conditional rows first; inside a picture they become `u + scale * (c - u)`, elsewhere
+    `c`.
 
     Args:
         grammar: tells where pictures are open.

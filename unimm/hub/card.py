@@ -20,8 +20,9 @@ tags:
 BODY = """
 # unimm-tiny
 
-One causal language model that reads and draws 128 x 128 pictures: a convolutional FSQ codec turns a picture into 64 codes,
-and a {layers}-layer {architecture} of width {width} works over text and codes alike. {parameters} weights in all.
+One causal language model that reads and draws 128 x 128 pictures: a convolutional FSQ codec turns a picture into 64
+codes, and a {layers}-layer {architecture} of width {width} works over text and codes alike. {parameters} weights in
+all.
 
 ![drawings, failures first, framed by the judge](drawings.png)
 
@@ -36,9 +37,9 @@ model.generate("a red heart above a blue star", seed=0)[0].images[0].save("heart
 
 ## What it knows
 
-Three rendered worlds: eight shapes in eight colours (alone, counted, in relations, side by side), {num_emoji} emoji of Noto Color
-Emoji by their Unicode names, and words of one to four capital letters. It knows nothing else: no photographs, no
-general language. It was trained from nothing on two CPU cores with the recipes in `recipes/tiny/`.
+Three rendered worlds: eight shapes in eight colours (alone, counted, in relations, side by side), {num_emoji} emoji
+of Noto Color Emoji by their Unicode names, and words of one to four capital letters. It knows nothing else: no
+photographs, no general language. It was trained from nothing on two CPU cores with the recipes in `recipes/tiny/`.
 
 ## Measured
 

@@ -135,4 +135,4 @@ def _is_simple(glyph: Glyph) -> bool:
 
 def _words(shortcode: str) -> str:
     """`:hot_pepper:` to `hot pepper`."""
-    return shortcode.strip(":").replace("_", " ").replace("’", "'")
+    return shortcode.strip(":").replace("_", " ").replace("\u2019", "'")

@@ -1,7 +1,7 @@
 """Judge of shapes scenes: finds the objects in the pixels and compares them with the facts, without a model.
 
-Ground by the border's median, objects by connected components, colour by the nearest palette entry of the interior, shape
-by the overlap of the object's box with each outline.
+Ground by the border's median, objects by connected components, colour by the nearest palette entry of the interior,
+shape by the overlap of the object's box with each outline.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def find_objects(image: Image.Image) -> list[FoundObject]:
 def verify_scene(image: Image.Image, facts: SceneFacts) -> SceneVerdict:
     """Compare a picture with the facts of a shapes scene."""
     found, wanted = find_objects(image), facts.objects
-    # Best assignment, a wrong shape costing more than a wrong colour, so that "red cube, blue ball" is not met by the swap.
+    # Best assignment, a wrong shape costing more than a wrong colour, so that "red cube, blue ball" is not met by the
+    # swap.
     cost = np.array([[2 * (w.name != f.shape) + (w.colour != f.colour) for f in found] for w in wanted])
     if len(found) < len(wanted):
         return SceneVerdict(False, False, False, False)

@@ -17,8 +17,8 @@ MIN_OVERLAP = 0.5  # below it nothing legible is there
 def read_word(image: Image.Image) -> str | None:
     """The one to four capital letters in the middle of a picture; None where none can be read.
 
-    Every number of letters is tried: each cell takes its best letter, and the word whose rendering overlaps the ink of the
-    whole picture best is the answer.
+    Every number of letters is tried: each cell takes its best letter, and the word whose rendering overlaps the ink
+    of the whole picture best is the answer.
     """
     ink = foreground(image).astype(np.float32)
     best = max((_read(ink, number) for number in range(1, MAX_LETTERS + 1)), key=lambda reading: reading[1])

@@ -1,7 +1,7 @@
 """The grammar of a picture: `<boi>` [size] codes `<eoi>`, as one small state machine.
 
-States are rows of a table of legal next ids. The state at a position follows from the ids before it alone, so one machine
-serves generation, the scoring of sampled answers, and packed rows.
+States are rows of a table of legal next ids. The state at a position follows from the ids before it alone, so one
+machine serves generation, the scoring of sampled answers, and packed rows.
 
     0                 text: any text id or `<boi>`
     1 .. P            after `<boi>`: the ids that may spell a size, one state per node of their prefix tree
@@ -98,8 +98,8 @@ class SpanGrammar:
     def states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """State after every position, int64 `[B, T]` of ids `[B, T]`: row t says what may stand at t + 1.
 
-        A sequence that breaks the grammar (a hand-written prompt) is read as far as it can be: in a span of unknown size
-        any legal size is assumed, and ids after a full span leave `<eoi>` as the only way on.
+        A sequence that breaks the grammar (a hand-written prompt) is read as far as it can be: in a span of unknown
+        size any legal size is assumed, and ids after a full span leave `<eoi>` as the only way on.
         """
         opened, since = self._last_opening(input_ids)
         after = input_ids.new_full(input_ids.shape, self.num_states)  # filled below wherever a span is open

@@ -103,8 +103,8 @@ class UniMMProcessor(ProcessorMixin):
             tokenizer.add_special_tokens({**missing}, replace_extra_special_tokens=False)
         if text_rows is not None and len(tokenizer) > text_rows:
             raise ValueError(
-                f"The text vocabulary has {len(tokenizer)} tokens with the structural ones, the model has {text_rows} text "
-                "rows; pass text_rows of at least that many."
+                f"The text vocabulary has {len(tokenizer)} tokens with the structural ones, the model has {text_rows} "
+                "text rows; pass text_rows of at least that many."
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

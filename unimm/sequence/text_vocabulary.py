@@ -17,7 +17,8 @@ SPECIALS = {
     "eoi_token": "<|eoi|>",
     "image_token": "<|image|>",
 }
-# Capitals and digits stand alone, so that a written word is spelled letter by letter; other words keep their leading space.
+# Capitals and digits stand alone, so that a written word is spelled letter by letter; other words keep their leading
+# space.
 PIECES = Regex(r"[A-Z]|[0-9]| ?[^\sA-Z0-9\W]+| ?[^\s\w]+|\s+")
 
 

@@ -42,8 +42,8 @@ class VisualVocabulary:
             0 <= i < self.image_token_offset for i in (*structural, self.pad_token_id)
         ):
             raise ValueError(
-                f"boi, eoi and image ids are {structural}, pad is {self.pad_token_id}; they must be different text rows, "
-                f"below image_token_offset = {self.image_token_offset}."
+                f"boi, eoi and image ids are {structural}, pad is {self.pad_token_id}; they must be different text "
+                f"rows, below image_token_offset = {self.image_token_offset}."
             )
         if self.codebook_size < 1:
             raise ValueError(f"codebook_size is {self.codebook_size}; it must be positive.")
@@ -66,7 +66,8 @@ class VisualVocabulary:
         """
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
             raise ValueError(
-                f"Codes range over [{int(codes.min())}, {int(codes.max())}]; the codebook has 0 to {self.codebook_size - 1}."
+                f"Codes range over [{int(codes.min())}, {int(codes.max())}]; "
+                f"the codebook has 0 to {self.codebook_size - 1}."
             )
         return codes + self.image_token_offset
 

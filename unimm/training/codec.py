@@ -56,8 +56,8 @@ class CodecRecipe:
     data: PoolConfig
     optimizer: OptimizerConfig
     model: dict[str, Any] = field(default_factory=dict)
-    loss: CodecLossConfig = CodecLossConfig()
-    logging: LoggingConfig = LoggingConfig()
+    loss: CodecLossConfig = field(default_factory=CodecLossConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     precision: str = "bf16"
 
 

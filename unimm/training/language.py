@@ -56,7 +56,7 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class TextModelConfig:
-    """A text model from nothing: an architecture of transformers, its sizes, and a vocabulary of at most `vocab_size`."""
+    """A text model from nothing: an architecture of transformers, its sizes, and at most `vocab_size` text rows."""
 
     model_type: str = "qwen3"
     vocab_size: int = 2048
@@ -92,16 +92,16 @@ class LanguageRecipe:
     batch_size: int = 64
     codec: str | None = None
     init_from: str | None = None
-    model: TextModelConfig = TextModelConfig()
-    tasks: TaskRates = TaskRates()
+    model: TextModelConfig = field(default_factory=TextModelConfig)
+    tasks: TaskRates = field(default_factory=TaskRates)
     answers_only: bool = False
     image_loss_weight: float = 1.0
-    logging: LanguageLoggingConfig = LanguageLoggingConfig()
+    logging: LanguageLoggingConfig = field(default_factory=LanguageLoggingConfig)
     bf16: bool = True
 
 
 class ConversationDataset(torch.utils.data.Dataset):
-    """Row and task of item i are pure functions of the seed and i, so that a resumed run sees what it would have seen."""
+    """Row and task of item i are pure functions of the seed and i, so that a resumed run goes on exactly."""
 
     def __init__(self, rows: Dataset, processor: UniMMProcessor, recipe: LanguageRecipe, length: int) -> None:
         self.rows, self.processor, self.recipe, self.length = rows, processor, recipe, length
@@ -140,8 +140,8 @@ class LanguageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._halves: dict[str, list[torch.Tensor]] = {"text_loss": [], "image_loss": []}
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(**inputs)

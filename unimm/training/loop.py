@@ -1,7 +1,7 @@
 """The loop of the stages that learn pictures (codec, detokenizer), on accelerate.
 
-A task owns a model, makes its batches as a pure function of the step, and names its losses; the loop owns everything else:
-precision, optimiser, logs, plots, sheets, checkpoints and exact resumption.
+A task owns a model, makes its batches as a pure function of the step, and names its losses; the loop owns everything
+else: precision, optimiser, logs, plots, sheets, checkpoints and exact resumption.
 """
 
 from __future__ import annotations

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from unimm.config import from_dict, read_yaml, set_by_path
 from unimm.training.codec import CodecRecipe, train_codec
 from unimm.training.language import LanguageRecipe, train_language
 from unimm.training.run_directory import RunDirectory
 
-STAGES = {
+STAGES: dict[str, tuple[type, Callable[[Any], RunDirectory]]] = {
     "codec": (CodecRecipe, train_codec),
     "pretrain": (LanguageRecipe, train_language),
     "sft": (LanguageRecipe, train_language),
@@ -30,7 +31,7 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> RunDirector
     if task not in STAGES:
         raise ValueError(f"{recipe_path}: task is {task!r}; it must be one of {', '.join(STAGES)}.")
     recipe_class, run = STAGES[task]
-    recipe = from_dict(recipe_class, data, where=str(recipe_path))
+    recipe: Any = from_dict(recipe_class, data, where=str(recipe_path))
     directory = RunDirectory(recipe.run)
     if directory.finished:
         print(f"{directory.root} is finished; delete it to train again.")

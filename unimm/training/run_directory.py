@@ -1,4 +1,4 @@
-"""A run directory holds exactly what ran: the resolved recipe, the environment, metrics, plots, samples, checkpoints."""
+"""A run directory holds exactly what ran: recipe, environment, metrics, plots, samples, checkpoints."""
 
 from __future__ import annotations
 

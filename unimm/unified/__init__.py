@@ -1,6 +1,7 @@
 """The unified model: one causal language model over text rows and code rows, over any Hugging Face backbone.
 
-In: `input_ids`, or pixels behind placeholders. Out: logits, losses, generated ids. Never knows file formats or datasets.
+In: `input_ids`, or pixels behind placeholders. Out: logits, losses, generated ids. Never knows file formats or
+datasets.
 """
 
 from unimm.unified.configuration import UniMMConfig

@@ -31,8 +31,8 @@ class UniMMConfig(PreTrainedConfig):
     model_type = "unimm"
     sub_configs = {"text_config": AutoConfig, "codec_config": VisualCodecConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    codec_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    codec_config: Any = None
     image_token_offset: int = 256
     codebook_size: int = 64
     boi_token_id: int = 1

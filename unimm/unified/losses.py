@@ -1,7 +1,7 @@
 """The modality-factored loss: codes are scored among codes, text among text.
 
-Inside a picture only codes are legal, outside none is, so the softmax that generation samples from never spans both blocks.
-Scoring each target on the rows of its own block learns that same distribution at a fraction of the cost.
+Inside a picture only codes are legal, outside none is, so the softmax that generation samples from never spans both
+blocks. Scoring each target on the rows of its own block learns that same distribution at a fraction of the cost.
 """
 
 from __future__ import annotations

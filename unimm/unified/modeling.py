@@ -254,8 +254,8 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
     ) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
         """A new model over a causal language model and a codec, and the processor that goes with it.
 
-        Text rows keep the language model's embeddings and head bit by bit, untied where they were tied; code rows start as
-        noise of the text rows' mean norm.
+        Text rows keep the language model's embeddings and head bit by bit, untied where they were tied; code rows
+        start as noise of the text rows' mean norm.
 
         Args:
             llm: a causal language model, or its name or path.

@@ -1,4 +1,4 @@
-"""Finite scalar quantisation (FSQ, 2309.15505): round each of a few bounded channels; the product of the levels is the codebook."""
+"""Finite scalar quantisation (FSQ, 2309.15505): round a few bounded channels; the codebook is the product of levels."""
 
 from __future__ import annotations
 

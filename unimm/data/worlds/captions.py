@@ -25,15 +25,16 @@ def shape_captions(facts: SceneFacts) -> tuple[str, ...]:
     """Phrasings of a shapes scene; the canonical one first."""
     first = facts.objects[0]
     if facts.relation:
-        return pair_captions(*(with_article(thing.phrase) for thing in facts.objects), facts.relation)
+        other = facts.objects[1]
+        return pair_captions(with_article(first.phrase), with_article(other.phrase), facts.relation)
     if len(facts.objects) == 1:
         base = with_article(first.phrase)
         return (base, f"one {first.phrase}", f"a picture of {base}", f"{base} on a plain ground")
     if first.phrase == facts.objects[1].phrase:
         count, things = len(facts.objects), f"{first.colour} {PLURALS[first.name]}"
         return (f"{NUMBERS[count]} {things}", f"{count} {things}", f"a picture of {NUMBERS[count]} {things}")
-    one, other = (with_article(thing.phrase) for thing in facts.objects)
-    return (f"{one} and {other}", f"{other} and {one}", f"a picture of {one} and {other}")
+    one, two = (with_article(thing.phrase) for thing in facts.objects)
+    return (f"{one} and {two}", f"{two} and {one}", f"a picture of {one} and {two}")
 
 
 def pair_captions(one: str, other: str, relation: str) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ def parse_caption(text: str) -> SceneFacts | None:
         ink = next((colour for colour in COLOURS if re.search(rf"\b{colour}\b", text)), None)
         return SceneFacts(word=quoted.group(1), ink=ink)
     plain = text.lower().replace("to the left of", "left of").replace("to the right of", "right of")
-    found = [match for match in _SHAPE.finditer(plain)]
+    found = list(_SHAPE.finditer(plain))
     if not found:
         return None
     relation = next((name for name in RELATIONS if f" {name} " in plain), None)
