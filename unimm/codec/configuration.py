@@ -66,9 +66,10 @@ class VisualCodecConfig(PreTrainedConfig):
         if not self.length:
             side = self.image_size // self.downsample
             self.length = {"kind": "fixed", "rows": side, "columns": side}
+        self._check_sockets()
         super().__post_init__(**kwargs)
 
-    def validate_sockets(self) -> None:
+    def _check_sockets(self) -> None:
         """Check every socket's options and that the decoder undoes the encoder's downsampling."""
         for socket in SOCKETS:
             socket_config(socket, getattr(self, socket))

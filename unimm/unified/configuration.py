@@ -55,9 +55,10 @@ class UniMMConfig(PreTrainedConfig):
             self.codec_config = VisualCodecConfig(**self.codec_config)
         if self.span_shapes is None:
             self.span_shapes = [{"grid": [2, 2], "prefix": [], "min_codes": 4, "max_codes": 4}]
+        self._check_vocabulary()
         super().__post_init__(**kwargs)
 
-    def validate_vocabulary(self) -> None:
+    def _check_vocabulary(self) -> None:
         """Check that the text model has exactly the rows that the vocabulary needs."""
         rows = self.vocabulary.size
         if self.text_config.vocab_size != rows:

@@ -10,7 +10,7 @@ from torch import nn
 
 from unimm.codec.quantizers.base import Quantized, Quantizer, straight_through
 
-# Keeps the bounded value off the outermost rounding boundary, as in the paper's reference formula.
+# The bound lies this much beyond the outermost level, so that two levels have a finite shift, as in the paper.
 MARGIN = 1e-3
 
 
@@ -56,7 +56,7 @@ class FSQ(Quantizer):
 
     def _bound(self, channels: torch.Tensor) -> torch.Tensor:
         levels = channels.new_tensor(self.levels)
-        half = (levels - 1) * (1 - MARGIN) / 2
+        half = (levels - 1) * (1 + MARGIN) / 2
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(channels + torch.atanh(offset / half)) * half - offset
 

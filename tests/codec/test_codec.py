@@ -1,0 +1,174 @@
+"""Every value of every socket: codes, reloads, gradients, errors."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
+from unimm.codec import load_preset, preset_names
+from unimm.codec.configuration import SOCKETS
+from unimm.codec.quantizers import FSQ, VQ, FSQConfig, VQConfig
+from unimm.codec.quantizers.vector import nearest_rows
+
+TINY = {
+    "encoder": {
+        "conv": {"kind": "conv", "patch": 8, "channels": [8, 16], "blocks": 1},
+        "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2},
+    },
+    "decoder": {
+        "conv": {"kind": "conv", "patch": 8, "channels": [16, 8], "blocks": 1},
+        "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2},
+    },
+    "quantizer": {
+        "fsq": {"kind": "fsq", "levels": [4, 4, 3]},
+        "vq": {"kind": "vq", "size": 32, "dim": 4, "ema_decay": 0.9, "restart_below": 0.1},
+    },
+    "resampler": {"grid": {"kind": "grid", "dim": 16}},
+    "length": {
+        "fixed": {"kind": "fixed", "rows": 2, "columns": 2},
+        "resolution": {"kind": "resolution", "min_side": 1, "max_side": 3, "max_positions": 6},
+    },
+}
+POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
+
+
+def build(**changes):
+    first = {socket: next(iter(kinds.values())) for socket, kinds in TINY.items()}
+    torch.manual_seed(0)
+    return VisualCodecModel(VisualCodecConfig(image_size=32, **(first | changes))).eval()
+
+
+def pixels(batch=3, height=32, width=32):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize(("socket", "kind"), POINTS)
+def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
+    codec = build(**{socket: TINY[socket][kind]})
+    images = pixels()
+    codes = codec.encode(images)
+    assert codes.ids.shape == (3, 4, 1)
+    assert codec.decode(codes).shape == images.shape
+    codec.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        again = VisualCodecModel.from_pretrained(tmp_path, dtype=dtype)
+        assert again.encode(images).ids.equal(codes.ids)
+        assert again.fingerprint() == codec.fingerprint()
+    codec.train()
+    output = codec(images)
+    (output.reconstruction.square().mean() + output.quantizer_loss).backward()
+    for name, weight in codec.named_parameters():
+        if weight.requires_grad:
+            assert weight.grad is not None, name
+            assert weight.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("kind", TINY["quantizer"])
+def test_lookup_is_what_decode_saw(kind):
+    codec = build(quantizer=TINY["quantizer"][kind])
+    output = codec(pixels())
+    seen = codec.quantizer(codec._positions(pixels())).vectors
+    torch.testing.assert_close(codec.quantizer.lookup(output.ids), seen, atol=1e-5, rtol=1e-5)
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_fsq_ids_are_in_range_and_round_trip(levels, seed):
+    quantizer = FSQ(FSQConfig(tuple(levels)), dim=6)
+    quantized = quantizer(torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)) * 5)
+    assert 0 <= int(quantized.ids.min()) <= int(quantized.ids.max()) < quantizer.sizes[0]
+    torch.testing.assert_close(quantizer.lookup(quantized.ids), quantized.vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_every_fsq_id_has_vectors_of_its_own():
+    quantizer = FSQ(FSQConfig((4, 3, 5)), dim=3)
+    quantizer.to_vectors.weight.data, quantizer.to_vectors.bias.data = torch.eye(3), torch.zeros(3)
+    vectors = quantizer.lookup(torch.arange(60).view(1, 60, 1))[0]
+    assert len(torch.unique(vectors, dim=0)) == 60
+
+
+def test_nearest_rows_equal_the_distances():
+    vectors, rows = torch.randn(50, 6), torch.randn(20, 6)
+    assert nearest_rows(vectors, rows).equal(torch.cdist(vectors, rows).argmin(dim=1))
+
+
+def test_dead_rows_restart_where_vectors_are():
+    torch.manual_seed(0)
+    quantizer = VQ(VQConfig(size=16, dim=4, normalize=False, ema_decay=0.5, restart_below=0.05), dim=4).train()
+    vectors = torch.randn(4, 8, 4) + 40
+    used = [len(quantizer(vectors).ids.unique()) for _ in range(12)]
+    assert used[0] <= 2
+    assert used[-1] >= 8
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 1, 32, 32), "floats \\[B, 3, H, W\\]"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "floats"),
+        (torch.full((1, 3, 32, 32), 255.0), "range"),
+        (torch.zeros(1, 3, 40, 32), "cannot take a 40 x 32"),
+    ],
+)
+def test_wrong_pixels_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        build().encode(images)
+
+
+def test_resolution_codec_takes_several_sizes():
+    codec = build(length=TINY["length"]["resolution"])
+    assert codec.encode(pixels(1, 48, 32)).grid == [(3, 2)]
+
+
+def test_wrong_configurations_are_refused():
+    with pytest.raises(ValueError, match="Did you mean 'conv'"):
+        VisualCodecConfig(encoder={"kind": "cnv"})
+    with pytest.raises(ValueError, match="divides sizes by 16"):
+        VisualCodecConfig(decoder={"kind": "vit", "patch": 8})
+    with pytest.raises(ValueError, match="Did you mean smallest"):
+        load_preset("smalest")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_encodes(name):
+    config = load_preset(name)
+    codec = VisualCodecModel(config).eval()
+    size = config.image_size
+    assert codec.reconstruct(pixels(1, size, size)).shape == (1, 3, size, size)
+
+
+def animated_gif():
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:])
+    return Image.open(file)
+
+
+PICTURES = {
+    "grey": lambda: Image.new("L", (9, 7), 255),
+    "one pixel": lambda: Image.new("RGB", (1, 1), "white"),
+    "wide": lambda: Image.new("RGB", (20_000, 10), "white"),
+    "cmyk": lambda: Image.new("CMYK", (30, 30), (0, 0, 0, 0)),
+    "transparent": lambda: Image.new("RGBA", (30, 30), (0, 0, 0, 0)),
+    "16 bit": lambda: Image.fromarray(np.full((30, 40), 65535, dtype=np.uint16)),
+    "array": lambda: np.full((30, 40, 3), 255, dtype=np.uint8),
+    "floats": lambda: torch.ones(3, 40, 40),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_white_pictures_of_every_kind_become_white_pixels(name):
+    values = VisualCodecImageProcessor()(PICTURES[name](), return_tensors="pt")["pixel_values"]
+    assert values.shape == (1, 3, 128, 128)
+    torch.testing.assert_close(values, torch.ones_like(values))
+
+
+def test_an_animation_gives_its_first_frame():
+    values = VisualCodecImageProcessor()(animated_gif(), return_tensors="pt")["pixel_values"]
+    assert values[0, 0].min() > 0.9
+    assert values[0, 2].max() < -0.9

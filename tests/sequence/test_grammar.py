@@ -1,0 +1,115 @@
+"""The span grammar against a slow state machine, and round trips."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unimm.codes import VisualCodes
+from unimm.sequence import ImageSpan, SpanGrammar, SpanShape, TextSpan, VisualVocabulary
+
+VOCABULARY = VisualVocabulary(
+    image_token_offset=20, codebook_size=7, boi_token_id=1, eoi_token_id=2, image_token_id=3, pad_token_id=0
+)
+FIXED = SpanGrammar(VOCABULARY, (SpanShape((2, 2), (), 4, 4),))
+SIZED = SpanGrammar(
+    VOCABULARY,
+    (SpanShape((1, 2), (5, 9), 2, 2), SpanShape((2, 2), (6, 9), 4, 4), SpanShape((1, 3), (5, 8), 3, 3)),
+)
+NESTED = SpanGrammar(VOCABULARY, (SpanShape(None, (), 1, 3),))
+GRAMMARS = {"fixed": FIXED, "sized": SIZED, "nested": NESTED}
+CODES = set(range(20, 27))
+TEXT = set(range(20)) - {2, 3}
+
+
+def slow_allowed(grammar, ids):
+    """What may follow, by reading one id after another."""
+    inside, seen = False, []
+    for token in ids:
+        if token == 1:
+            inside, seen = True, []
+        elif token == 2:
+            inside = False
+        elif inside:
+            seen.append(token)
+    if not inside:
+        return TEXT
+    for shape in grammar.shapes:
+        if tuple(seen[: len(shape.prefix)]) == shape.prefix:
+            count = len(seen) - len(shape.prefix)
+            return (CODES if count < shape.max_codes else set()) | ({2} if count >= shape.min_codes else set())
+    return {shape.prefix[len(seen)] for shape in grammar.shapes if shape.prefix[: len(seen)] == tuple(seen)}
+
+
+@st.composite
+def legal_walks(draw, grammar):
+    """A sequence of which every id is allowed by the slow machine."""
+    ids = draw(st.lists(st.sampled_from(sorted(TEXT - {1})), max_size=3))
+    for _ in range(draw(st.integers(0, 25))):
+        choices = sorted(slow_allowed(grammar, ids))
+        ids.append(draw(st.sampled_from([*choices, *([1] * (len(choices) // 4) if 1 in choices else [])])))
+    return ids or [4]
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_masks_equal_the_slow_machine(name):
+    grammar = GRAMMARS[name]
+
+    @given(legal_walks(grammar), st.integers(0, 3))
+    @settings(max_examples=60, deadline=None)
+    def check(ids, padding):
+        padded = torch.tensor([[0] * padding + ids])
+        states = grammar.states(padded)[0, padding:]
+        for position, state in enumerate(states):
+            allowed = set(grammar.table[state].nonzero().flatten().tolist())
+            assert allowed == slow_allowed(grammar, ids[: position + 1])
+        assert grammar.in_span(padded).tolist() == [slow_allowed(grammar, ids) != TEXT]
+
+    check()
+
+
+@given(st.sampled_from([(1, 2), (2, 2), (1, 3)]), st.data())
+@settings(max_examples=40, deadline=None)
+def test_build_and_parse_round_trip(grid, data):
+    rows, columns = grid
+    ids = data.draw(st.lists(st.integers(0, 6), min_size=rows * columns, max_size=rows * columns))
+    codes = VisualCodes.from_grid(torch.tensor(ids).view(1, rows, columns, 1))
+    spans = SIZED.parse([4, *SIZED.build(codes), 7, 7])
+    assert spans == [TextSpan((4,)), ImageSpan(tuple(ids), grid, True), TextSpan((7, 7))]
+
+
+def test_a_cut_picture_is_incomplete():
+    assert FIXED.parse([1, 20, 21]) == [ImageSpan((0, 1), None, False)]
+
+
+def test_placeholders_count_as_codes():
+    assert FIXED.states(torch.tensor([[1, 3, 3, 3, 3]]))[0, -1] == FIXED.num_states - 1
+    assert FIXED.parse([1, 3, 3, 3, 3, 2]) == [ImageSpan((None,) * 4, (2, 2), True)]
+
+
+def test_rows_of_a_batch_do_not_meet():
+    rows = torch.tensor([[4, 4, 1, 20], [1, 20, 21, 22], [0, 0, 4, 5]])
+    together = FIXED.states(rows)
+    assert together.equal(torch.cat([FIXED.states(row[None]) for row in rows]))
+
+
+def test_illegal_pictures_and_vocabularies_are_refused():
+    with pytest.raises(ValueError, match="not legal here"):
+        FIXED.build(VisualCodes.from_grid(torch.zeros(1, 3, 2, 1, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="none may begin another"):
+        SpanGrammar(VOCABULARY, (SpanShape((1, 1), (5,), 1, 1), SpanShape((2, 2), (5, 6), 4, 4)))
+    with pytest.raises(ValueError, match="different text rows"):
+        VisualVocabulary(20, 7, 1, 1, 3, 0)
+
+
+@given(st.lists(st.integers(0, 6), max_size=9))
+def test_vocabulary_round_trips(codes):
+    tensor = torch.tensor(codes, dtype=torch.int64)
+    assert VOCABULARY.to_codes(VOCABULARY.to_token_ids(tensor)).equal(tensor)
+
+
+def test_vocabulary_refuses_what_is_no_code():
+    with pytest.raises(ValueError, match="0 to 6"):
+        VOCABULARY.to_token_ids(torch.tensor([7]))
+    with pytest.raises(ValueError, match="no picture codes"):
+        VOCABULARY.to_codes(torch.tensor([19]))
