@@ -1,0 +1,91 @@
+"""The model's contract: loading, precision, pixels, loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from unimm import UniMMForConditionalGeneration
+from unimm.unified import UniMMConfig, factored_cross_entropy
+
+
+def ids_of(model, batch=2, length=9):
+    return torch.randint(8, model.config.image_token_offset, (batch, length))
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText])
+def test_every_auto_class_loads_the_same_weights(auto, tiny, tiny_folder):
+    model = auto.from_pretrained(tiny_folder)
+    ids = ids_of(model)
+    assert isinstance(model, UniMMForConditionalGeneration)
+    assert model(ids).logits.equal(tiny[0](ids).logits)
+    assert AutoModel.from_pretrained(tiny_folder).config.model_type == "unimm"
+
+
+def test_a_bf16_load_keeps_the_codec_exact(tiny, tiny_folder):
+    model = AutoModelForMultimodalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert {weight.dtype for weight in model.visual.parameters()} == {torch.float32}
+    assert model.codec.encode(pixels).ids.equal(tiny[0].codec.encode(pixels).ids)
+
+
+def test_the_codec_stays_frozen_and_in_eval_mode(tiny):
+    model = tiny[0]
+    model.train()
+    assert not model.visual.training
+    assert not any(weight.requires_grad for weight in model.visual.parameters())
+    model.eval()
+
+
+def test_placeholders_become_the_codes_of_the_pictures(tiny):
+    model = tiny[0]
+    config, pixels = model.config, torch.rand(2, 3, 32, 32) * 2 - 1
+    span = [config.boi_token_id, *[config.image_token_id] * 4, config.eoi_token_id]
+    ids = torch.tensor([[9, *span, 10], [11, *span, 12]])
+    codes = model.codec.encode(pixels).ids[..., 0] + config.image_token_offset
+    explicit = ids.clone()
+    explicit[:, 2:6] = codes
+    assert model(ids, pixel_values=pixels).logits.equal(model(explicit).logits)
+    with pytest.raises(ValueError, match="one image part per picture"):
+        model(ids, pixel_values=pixels[:1])
+
+
+def test_the_loss_is_cross_entropy_within_each_block(tiny):
+    model = tiny[0]
+    vocabulary = model.config.vocabulary
+    codes = torch.randint(vocabulary.image_token_offset, vocabulary.image_token_end, (2, 4))
+    ids = torch.cat([ids_of(model, 2, 5), codes], dim=1)
+    labels = ids.clone()
+    labels[:, :2] = -100
+    output = model(ids, labels=labels)
+    logits = model(ids).logits[:, :-1]
+    text = F.cross_entropy(logits[:, 1:4, : vocabulary.image_token_offset].flatten(0, 1), ids[:, 2:5].flatten())
+    block = logits[:, 4:, vocabulary.image_token_offset : vocabulary.image_token_end]
+    image = F.cross_entropy(block.flatten(0, 1), (codes - vocabulary.image_token_offset).flatten())
+    torch.testing.assert_close(output.text_loss, text)
+    torch.testing.assert_close(output.image_loss, image)
+    torch.testing.assert_close(output.loss, (6 * text + 8 * image) / 14)
+
+
+def test_parts_of_a_batch_sum_to_the_whole(tiny):
+    model = tiny[0]
+    hidden, labels = torch.randn(4, 7, 32), ids_of(model, 4, 7)
+    weight, vocabulary = model.lm_head.weight, model.config.vocabulary
+    whole = factored_cross_entropy(hidden, weight, labels, vocabulary).loss
+    targets = torch.tensor(4 * 6)
+    halves = [
+        factored_cross_entropy(hidden[part], weight, labels[part], vocabulary, num_targets=targets).loss
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(sum(halves), whole)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="a multiple of 128"):
+        UniMMConfig(text_config={"model_type": "qwen3", "vocab_size": 300}, image_token_offset=256, codebook_size=64)
+
+
+def test_decode_image_tokens_needs_a_whole_picture(tiny):
+    with pytest.raises(ValueError, match="no whole picture"):
+        tiny[0].decode_image_tokens(torch.tensor([9, 10]))
