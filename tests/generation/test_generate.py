@@ -103,7 +103,11 @@ def test_sampled_pictures_always_parse(tiny):
     model, processor = tiny
     torch.manual_seed(0)
     rows = model.generate(
-        **ask(processor, "a red heart"), generation_mode="image", do_sample=True, num_return_sequences=50, max_new_tokens=9
+        **ask(processor, "a red heart"),
+        generation_mode="image",
+        do_sample=True,
+        num_return_sequences=50,
+        max_new_tokens=9,
     )
     for row in rows:
         picture = processor.parse(row)[-1]

@@ -46,7 +46,9 @@ def test_capitals_and_digits_are_spelled(tiny):
 
 def test_a_picture_in_a_prompt_becomes_placeholders(tiny):
     model, processor = tiny
-    encoded = ask(processor, [{"type": "image", "image": Image.new("RGB", (50, 40))}, {"type": "text", "text": "what?"}])
+    encoded = ask(
+        processor, [{"type": "image", "image": Image.new("RGB", (50, 40))}, {"type": "text", "text": "what?"}]
+    )
     ids = encoded["input_ids"][0].tolist()
     boi, eoi, image = model.config.boi_token_id, model.config.eoi_token_id, model.config.image_token_id
     start = ids.index(boi)

@@ -1,0 +1,147 @@
+"""Load, draw, understand, chat, and the command line, on a random model."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import unimm
+from unimm.cli.chat import half_blocks
+from unimm.cli.main import main
+from unimm.hub import write_card, write_repository
+from unimm.pipelines import Picture, Reply, open_image
+from unimm.sequence import TextPart
+
+
+@pytest.fixture
+def picture_file(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (60, 40), "red").save(path)
+    return path
+
+
+def test_draw_is_batched_and_repeatable(unimm_tiny):
+    replies = unimm_tiny.generate(["a star", "three green circles"], n=2, seed=3, guidance=2.0)
+    again = unimm_tiny.generate(["a star", "three green circles"], n=2, seed=3, guidance=2.0)
+    assert [len(reply.images) for reply in replies] == [1, 1, 1, 1]
+    assert [r.images[0].tobytes() for r in replies] == [r.images[0].tobytes() for r in again]
+    assert replies[0].images[0].size == (32, 32)
+
+
+def test_understand_and_chat_answer(unimm_tiny):
+    image = Image.new("RGB", (50, 50), "blue")
+    assert not unimm_tiny.understand(image)[0].images
+    reply = unimm_tiny.chat([{"role": "user", "content": "a star"}], seed=0)
+    messages = [{"role": "user", "content": "a star"}, reply.message, {"role": "user", "content": "again"}]
+    assert isinstance(unimm_tiny.chat(messages, seed=0), Reply)
+
+
+def test_a_reply_keeps_its_order():
+    reply = Reply((TextPart("here: "), Picture(Image.new("RGB", (4, 4)), None), TextPart("done")))
+    assert reply.text == "here: done"
+    assert [part["type"] for part in reply.message["content"]] == ["text", "image", "text"]
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "heart " * 20_000])
+def test_impossible_prompts_are_refused(unimm_tiny, prompt):
+    with pytest.raises(ValueError, match="prompt is"):
+        unimm_tiny.generate(prompt)
+
+
+def test_a_prompt_that_spells_specials_is_plain_text(unimm_tiny):
+    assert len(unimm_tiny.generate("<|eoi|><|boi|> a star <|end|>", seed=0)[0].images) == 1
+
+
+def broken(tmp_path, kind):
+    path = tmp_path / "broken.png"
+    if kind == "text":
+        path.write_text("not a picture")
+    if kind == "truncated":
+        Image.effect_noise((200, 200), 50).save(path)
+        path.write_bytes(path.read_bytes()[:5000])
+    if kind == "empty":
+        path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "empty", "missing"])
+def test_broken_pictures_are_one_clear_error(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"picture"):
+        open_image(broken(tmp_path, kind))
+
+
+def test_load_refuses_missing_and_extra_weights(tiny_folder, tmp_path):
+    for change in ("missing", "extra"):
+        folder = tmp_path / change
+        folder.mkdir()
+        for path in tiny_folder.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        weights = load_file(folder / "model.safetensors")
+        if change == "missing":
+            del weights["lm_head.weight"]
+        else:
+            weights["surplus"] = torch.zeros(1)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="do not fit its config"):
+            unimm.load(folder)
+    with pytest.raises(ValueError, match="no model folder"):
+        unimm.load(tmp_path / "nothing")
+
+
+def test_a_repository_holds_what_the_hub_needs(tiny_folder, tiny, tmp_path):
+    folder = write_repository(tiny_folder, tmp_path / "repository")
+    write_card(folder, "| figure |", num_emoji=640)
+    config = json.loads((folder / "config.json").read_text())
+    assert all(isinstance(reference, str) for reference in config["auto_map"].values())
+    assert "AutoProcessor" in json.loads((folder / "processor_config.json").read_text())["auto_map"]
+    weights = load_file(folder / "model.safetensors")
+    assert weights["lm_head.weight"].dtype == torch.bfloat16
+    assert {v.dtype for name, v in weights.items() if ".visual." in name} == {torch.float32}
+    loaded = unimm.load(folder)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert loaded.model.codec.encode(pixels).ids.equal(tiny[0].codec.encode(pixels).ids)
+    assert f"{sum(v.numel() for v in weights.values()):,} weights" in (folder / "README.md").read_text()
+
+
+def test_cli_draws_describes_and_tokenizes(tiny_folder, tmp_path, picture_file, capsys):
+    model, drawing, codes, back = (
+        ("--model", str(tiny_folder)),
+        tmp_path / "a.png",
+        tmp_path / "a.json",
+        tmp_path / "b.png",
+    )
+    assert main(["draw", "a star", "-o", str(drawing), "--n", "2", "--seed", "1", *model]) == 0
+    assert Image.open(drawing).size == (64, 32)
+    assert main(["describe", str(picture_file), *model]) == 0
+    assert main(["tokenize", str(picture_file), "-o", str(codes), *model]) == 0
+    assert len(json.loads(codes.read_text())["codes"]) == 4
+    assert main(["tokenize", str(codes), "-o", str(back), *model]) == 0
+    assert Image.open(back).size == (32, 32)
+    capsys.readouterr()
+
+
+def test_cli_errors_are_one_line(tmp_path, tiny_folder, capsys):
+    model = ("--model", str(tiny_folder))
+    (tmp_path / "a.png").write_text("not a picture")
+    (tmp_path / "bad.json").write_text("{}")
+    for arguments in (
+        ["describe", str(tmp_path / "a.png"), *model],
+        ["draw", "", *model],
+        ["draw", "a star", "--n", "0", *model],
+        ["draw", "a star", "--model", str(tmp_path / "nothing")],
+        ["tokenize", str(tmp_path / "bad.json"), "-o", str(tmp_path / "c.png"), *model],
+        ["train", str(tmp_path / "bad.json")],
+    ):
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("unimm: ")
+        assert error.count("\n") == 1
+        assert "Traceback" not in error
+
+
+def test_pictures_in_the_terminal():
+    lines = half_blocks(Image.new("RGB", (48, 48), "red")).split("\n")
+    assert len(lines) == 24
+    assert "255;0;0" in lines[0]

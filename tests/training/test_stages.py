@@ -1,0 +1,171 @@
+"""Stages run, resume on the same curve, and refuse what would waste hours."""
+
+import shutil
+
+import pytest
+import yaml
+from conftest import needs_font
+
+from unimm.codec import VisualCodecModel, load_preset
+from unimm.config import from_dict, read_yaml
+from unimm.data.rows import read_rows, write_rows
+from unimm.training.loop import check_finite
+from unimm.training.recipe import STAGES, train
+from unimm.training.run_directory import RunConfig, RunDirectory
+
+RECIPES = ["codec", "pretrain", "sft"]
+SHAPES = {"shapes": 1.0}
+TINY_CODEC = {
+    "encoder": {"kind": "conv", "patch": 16, "channels": [8], "blocks": 1},
+    "resampler": {"kind": "grid", "dim": 8},
+    "quantizer": {"kind": "fsq", "levels": [4, 4]},
+    "decoder": {"kind": "conv", "patch": 16, "channels": [8], "blocks": 1},
+}
+
+
+def write_recipe(path, **recipe):
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def codec_recipe(folder, name, steps=6):
+    return write_recipe(
+        folder / f"{name}.yaml",
+        task="codec",
+        run={"name": name, "directory": str(folder)},
+        data={"worlds": SHAPES, "pool_size": 24, "batch_size": 4},
+        model=TINY_CODEC,
+        optimizer={"steps": steps, "warmup": 2},
+        logging={"every": 1, "validate_every": 3, "save_every": 3},
+        precision="no",
+    )
+
+
+def losses(directory):
+    return {r["step"]: r["loss"] for r in directory.metrics() if "loss" in r}
+
+
+@pytest.fixture(scope="module")
+def trained_codec(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return train(codec_recipe(folder, "whole"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_parse(name, request):
+    data = read_yaml(request.config.rootpath / "recipes" / "tiny" / f"{name}.yaml")
+    recipe = from_dict(STAGES[data["task"]][0], data)
+    assert recipe.optimizer.steps > 0
+
+
+def test_a_run_directory_holds_what_ran(trained_codec):
+    names = {path.name for path in trained_codec.root.iterdir()}
+    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "plots", "samples", "model", "finished.json"} <= names
+    assert VisualCodecModel.from_pretrained(trained_codec.model).config.downsample == 16
+    assert list(losses(trained_codec)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_run_goes_on_on_the_same_curve(trained_codec, tmp_path):
+    recipe = codec_recipe(tmp_path, "whole")
+    shutil.copytree(trained_codec.root, tmp_path / "whole")
+    directory = RunDirectory(RunConfig("whole", str(tmp_path)))
+    (directory.root / "recipe.yaml").write_text(
+        (directory.root / "recipe.yaml").read_text().replace(str(trained_codec.root.parent), str(tmp_path))
+    )
+    (directory.root / "finished.json").unlink()
+    shutil.rmtree(directory.checkpoints / "step-00000006")
+    (directory.checkpoints / ".step-00000006-half").mkdir()
+    again = train(recipe)
+    assert losses(again) == losses(trained_codec)
+
+
+def test_a_finished_run_is_left_alone(trained_codec, capsys):
+    train(trained_codec.root.parent / "whole.yaml")
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_another_recipe_in_the_same_directory_is_refused(trained_codec):
+    (trained_codec.root / "finished.json").rename(trained_codec.root / "was-finished.json")
+    with pytest.raises(ValueError, match="another recipe"):
+        train(trained_codec.root.parent / "whole.yaml", ["optimizer.lr=0.5"])
+    (trained_codec.root / "was-finished.json").rename(trained_codec.root / "finished.json")
+
+
+def test_rows_restart_and_refuse_another_codec(tmp_path, monkeypatch):
+    monkeypatch.setattr("unimm.data.rows.SHARD_ROWS", 8)
+    codec = VisualCodecModel(load_preset("smallest").__class__(**TINY_CODEC)).eval()
+    other = VisualCodecModel(codec.config).eval()
+    write_rows(codec, SHAPES, num_rows=20, seed=0, folder=tmp_path)
+    whole = read_rows(tmp_path, codec).to_list()
+    (tmp_path / "rows-00001.parquet").unlink()
+    write_rows(codec, SHAPES, num_rows=20, seed=0, folder=tmp_path)
+    assert read_rows(tmp_path, codec).to_list() == whole
+    assert len(whole) == 20
+    with pytest.raises(ValueError, match="another recipe or codec"):
+        write_rows(codec, SHAPES, num_rows=21, seed=0, folder=tmp_path)
+    other.quantizer.to_channels.weight.data.add_(1)
+    with pytest.raises(ValueError, match="codes mean other pictures"):
+        read_rows(tmp_path, other)
+    with pytest.raises(ValueError, match="holds no rows"):
+        read_rows(tmp_path / "nothing", codec)
+
+
+def language_recipe(folder, codec_run, name, **changes):
+    recipe = {
+        "task": "pretrain",
+        "run": {"name": name, "directory": str(folder)},
+        "codec": str(codec_run.model),
+        "data": {"worlds": SHAPES, "folder": str(folder / "rows"), "num_rows": 16},
+        "model": {
+            "vocab_size": 400,
+            "max_length": 256,
+            "options": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "num_key_value_heads": 1,
+                "head_dim": 16,
+            },
+        },
+        "batch_size": 2,
+        "optimizer": {"steps": 4, "warmup": 1},
+        "logging": {"every": 1, "sample_every": 4, "save_every": 2},
+        "bf16": False,
+    }
+    return write_recipe(folder / f"{name}.yaml", **(recipe | changes))
+
+
+def test_language_stages_run_and_resume(trained_codec, tmp_path):
+    first = train(language_recipe(tmp_path, trained_codec, "first"))
+    shutil.copytree(first.root, tmp_path / "kept")
+    (first.root / "finished.json").unlink()
+    shutil.rmtree(first.checkpoints / "checkpoint-4")
+    again = train(language_recipe(tmp_path, trained_codec, "first"))
+    assert losses(again) == losses(RunDirectory(RunConfig("kept", str(tmp_path))))
+    tuned = train(
+        language_recipe(
+            tmp_path, trained_codec, "tuned", task="sft", init_from=str(first.model), codec=None, answers_only=True
+        )
+    )
+    assert (tuned.samples / "step-00000004.png").exists()
+    assert (tuned.model / "chat_template.jinja").exists()
+
+
+def test_bad_recipes_are_refused_before_they_cost_time(tmp_path):
+    with pytest.raises(ValueError, match="task is 'dance'"):
+        train(write_recipe(tmp_path / "a.yaml", task="dance"))
+    with pytest.raises(ValueError, match="Did you mean 'optimizer'"):
+        train(write_recipe(tmp_path / "b.yaml", task="codec", optimiser={}))
+    with pytest.raises(ValueError, match="is not finite at step 3"):
+        check_finite({"loss": float("nan")}, 3)
+
+
+@needs_font
+def test_emoji_rows_say_what_they_show(tmp_path):
+    codec = VisualCodecModel(load_preset("smallest").__class__(**TINY_CODEC)).eval()
+    write_rows(codec, {"emoji": 1.0}, num_rows=4, seed=0, folder=tmp_path)
+    row = read_rows(tmp_path, codec)[0]
+    assert len(row["codes"]) == row["height"] * row["width"] == 64
+    assert row["captions"]
+    assert row["questions"]
