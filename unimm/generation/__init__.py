@@ -5,5 +5,13 @@ In: scores and ids. Out: scores and ids, legal and guided. Never knows where ids
 
 from unimm.generation.mixin import UniMMGenerationMixin
 from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
+from unimm.generation.streaming import AnswerStreamer, PictureRows, TextPiece
 
-__all__ = ["ClassifierFreeGuidance", "GrammarLogitsProcessor", "UniMMGenerationMixin"]
+__all__ = [
+    "AnswerStreamer",
+    "ClassifierFreeGuidance",
+    "GrammarLogitsProcessor",
+    "PictureRows",
+    "TextPiece",
+    "UniMMGenerationMixin",
+]

@@ -1,0 +1,111 @@
+"""Watch an answer grow: text as it is written, pictures row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from unimm.sequence import SpanGrammar
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """New text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class PictureRows:
+    """A picture so far.
+
+    Args:
+        codes: all codes of the picture that are known, without offset, in raster order.
+        rows: whole rows among them.
+        grid: (rows, columns) of the whole picture.
+    """
+
+    codes: tuple[int, ...]
+    rows: int
+    grid: tuple[int, int]
+
+
+class AnswerStreamer(BaseStreamer):
+    """A streamer for `generate` with one sample; it hands events to `receive`, one per piece of text or row of codes.
+
+    Args:
+        grammar: of the model.
+        tokenizer: of the processor.
+        receive: called with every `TextPiece` and `PictureRows`.
+
+    Raises:
+        ValueError: a batch of more than one sample.
+    """
+
+    def __init__(
+        self,
+        grammar: SpanGrammar,
+        tokenizer: PreTrainedTokenizerBase,
+        receive: Callable[[TextPiece | PictureRows], None],
+    ) -> None:
+        self.grammar, self.tokenizer, self.receive = grammar, tokenizer, receive
+        self.prompt_seen = False
+        self.text: list[int] = []
+        self.written = ""
+        self.span: list[int] | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt first, then one id at a time."""
+        if value.ndim > 1 and len(value) > 1:
+            raise ValueError(f"{len(value)} samples arrive at once; stream one sample at a time.")
+        ids = value.flatten().tolist()
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            if ids[-1] == self.grammar.vocabulary.boi_token_id:
+                self.span = [ids[-1]]
+            return
+        for token in ids:
+            self._take(token)
+
+    def end(self) -> None:
+        """Hand over text that was held back."""
+        self._write(final=True)
+
+    def _take(self, token: int) -> None:
+        vocabulary = self.grammar.vocabulary
+        if self.span is not None:
+            self.span.append(token)
+            if token == vocabulary.eoi_token_id:
+                self.span = None
+            else:
+                self._show(self.span)
+        elif token == vocabulary.boi_token_id:
+            self._write(final=True)
+            self.span = [token]
+        else:
+            self.text.append(token)
+            self._write(final=False)
+
+    def _show(self, span: Sequence[int]) -> None:
+        for shape in self.grammar.shapes:
+            start = 1 + len(shape.prefix)
+            if shape.grid is None or tuple(span[1:start]) != shape.prefix or len(span) <= start:
+                continue
+            codes = tuple(token - self.grammar.vocabulary.image_token_offset for token in span[start:])
+            if len(codes) % shape.grid[1] == 0:
+                self.receive(PictureRows(codes, len(codes) // shape.grid[1], shape.grid))
+
+    def _write(self, *, final: bool) -> None:
+        decoded = self.tokenizer.decode(self.text, skip_special_tokens=True)
+        # A character of several bytes decodes to a replacement mark until its last byte is there.
+        if decoded.endswith("\ufffd") and not final:
+            return
+        if len(decoded) > len(self.written):
+            self.receive(TextPiece(decoded[len(self.written) :]))
+        self.written = decoded
+        if final:
+            self.text, self.written = [], ""
