@@ -4,7 +4,9 @@ import re
 import runpy
 import sys
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 
 @pytest.fixture
@@ -26,3 +28,11 @@ def test_readme_lines_run(request, tiny_folder, in_folder):
     code = re.search(r"```python\n(import unimm\nfrom transformers.*?)```", readme, re.DOTALL).group(1)
     exec(compile(code.replace("model_cards/unimm-tiny", str(tiny_folder)), "README", "exec"), {})
     assert (in_folder / "heart.png").exists()
+
+
+def test_notebook_runs(request, tiny_folder, in_folder):
+    notebook = nbformat.read(request.config.rootpath / "examples" / "quickstart.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("../model_cards/unimm-tiny", str(tiny_folder))
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    assert "image/png" in notebook.cells[3].outputs[-1]["data"]
