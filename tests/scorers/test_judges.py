@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conftest import needs_font
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from unimm.data.worlds import EmojiWorld, ShapesWorld, WordsWorld
 from unimm.data.worlds.emoji import SINGLE_SIZE, catalog, world_glyphs
@@ -69,3 +69,11 @@ def test_emoji_are_named():
     world = EmojiWorld(split="held_out", seed=5)
     examples = [world.example(index, category="emoji") for index in range(60)]
     assert [judge.name(e.image) for e in examples] == [e.facts.objects[0].name for e in examples]
+
+
+def test_a_blob_has_no_shape():
+    blob = Image.new("RGB", (128, 128), "white")
+    pen = ImageDraw.Draw(blob)
+    pen.ellipse((30, 50, 80, 100), fill="purple")
+    pen.ellipse((60, 30, 105, 75), fill="purple")
+    assert [found.shape for found in find_objects(blob)] == ["blob"]

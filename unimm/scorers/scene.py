@@ -22,11 +22,13 @@ FOREGROUND_DISTANCE = 18.0  # CIE Lab
 MIN_AREA = 60  # pixels
 BORDER = 3
 TEMPLATE_SIDE = 32
+MIN_OVERLAP = 0.8  # of an object's box with the best outline; a blob below it has no shape
+NO_SHAPE = "blob"
 
 
 @dataclass(frozen=True)
 class FoundObject:
-    """An object in the pixels; `centre` is (x, y) of its box."""
+    """An object in the pixels; `shape` is `blob` where no outline fits, `centre` is (x, y) of its box."""
 
     shape: str
     colour: str
@@ -109,7 +111,8 @@ def _nearest_shape(mask: np.ndarray) -> str:
     overlaps = [
         np.minimum(boxed, template).sum() / np.maximum(boxed, template).sum() for template in _shape_templates()
     ]
-    return SHAPES[int(np.argmax(overlaps))]
+    best = int(np.argmax(overlaps))
+    return SHAPES[best] if overlaps[best] >= MIN_OVERLAP else NO_SHAPE
 
 
 @lru_cache(maxsize=1)
