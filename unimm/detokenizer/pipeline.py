@@ -92,8 +92,8 @@ class CodesToImagePipeline(DiffusionPipeline):
         side, size = self.transformer.config.code_grid, self.transformer.config.codebook_size
         if len(codes) == 0 or codes.ids.shape[2] != 1:
             raise ValueError(f"Codes are {tuple(codes.ids.shape)}; this pipeline takes [B, N, 1] with B at least 1.")
-        wrong = [grid for grid in codes.grid or [None] if grid != (side, side)]
-        if wrong or codes.ids.shape[1] != side * side:
+        square = codes.grid is not None and set(codes.grid) == {(side, side)}
+        if not square or codes.ids.shape[1] != side * side:
             raise ValueError(
                 f"Codes have grid {codes.grid} and {codes.ids.shape[1]} positions; this pipeline draws {side} x {side} "
                 "codes. Encode square pictures with the codec that it was trained on."

@@ -133,8 +133,8 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
 def _check_sizes(sample_size: int, patch_size: int, width: int, num_heads: int, code_grid: int) -> None:
     if sample_size % patch_size or (sample_size // patch_size) % code_grid:
         raise ValueError(
-            f"sample_size {sample_size}, patch_size {patch_size} and code_grid {code_grid} do not fit: the picture must "
-            "be whole patches, and the patches of a side a multiple of code_grid. Choose another patch_size."
+            f"sample_size {sample_size}, patch_size {patch_size} and code_grid {code_grid} do not fit: the picture "
+            "must be whole patches, and the patches of a side a multiple of code_grid. Choose another patch_size."
         )
     if width % num_heads or width % 4:
         raise ValueError(f"width is {width}; it must be a multiple of 4 and of num_heads, which is {num_heads}.")
