@@ -89,3 +89,19 @@ def test_a_vocabulary_that_does_not_fit_is_refused():
 def test_decode_image_tokens_needs_a_whole_picture(tiny):
     with pytest.raises(ValueError, match="no whole picture"):
         tiny[0].decode_image_tokens(torch.tensor([9, 10]))
+
+
+def test_code_rows_begin_with_the_geometry_of_the_codes(tiny):
+    model = tiny[0]
+    vocabulary = model.config.vocabulary
+    vectors = model.codec.quantizer.lookup(torch.arange(64).view(1, -1, 1))[0]
+    near = torch.cdist(vectors, vectors) < torch.cdist(vectors, vectors).quantile(0.1)
+    for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+        rows = F.normalize(weight[vocabulary.image_token_offset : vocabulary.image_token_end].float(), dim=1)
+        alike = rows @ rows.T
+        others = ~torch.eye(64, dtype=torch.bool)
+        assert alike[near & others].mean() > alike[~near].mean() + 0.1
+        text_norm = weight[: vocabulary.image_token_offset].norm(dim=1).mean()
+        torch.testing.assert_close(
+            weight[vocabulary.image_token_offset : vocabulary.image_token_end].norm(dim=1).mean(), text_norm
+        )

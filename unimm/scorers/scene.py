@@ -22,7 +22,7 @@ FOREGROUND_DISTANCE = 18.0  # CIE Lab
 MIN_AREA = 60  # pixels
 BORDER = 3
 TEMPLATE_SIDE = 32
-MIN_OVERLAP = 0.8  # of an object's box with the best outline; a blob below it has no shape
+TOLERANCE = 10.0  # pixels of a side by which an object may miss the best outline; a blob that misses more has no shape
 NO_SHAPE = "blob"
 
 
@@ -112,7 +112,7 @@ def _nearest_shape(mask: np.ndarray) -> str:
         np.minimum(boxed, template).sum() / np.maximum(boxed, template).sum() for template in _shape_templates()
     ]
     best = int(np.argmax(overlaps))
-    return SHAPES[best] if overlaps[best] >= MIN_OVERLAP else NO_SHAPE
+    return SHAPES[best] if overlaps[best] >= 1 - TOLERANCE / max(mask.shape) else NO_SHAPE
 
 
 @lru_cache(maxsize=1)

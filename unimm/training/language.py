@@ -27,7 +27,7 @@ from unimm.data.pictures import to_pictures
 from unimm.data.rows import read_rows, row_codes, write_rows
 from unimm.files import atomic_directory
 from unimm.sequence import UniMMProcessor, train_text_tokenizer
-from unimm.training.optimizer import OptimizerConfig
+from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import contact_sheet, plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration, config_for
@@ -134,14 +134,21 @@ class PadRight:
 
 
 class LanguageTrainer(Trainer):
-    """Adds the two halves of the loss to the log, and reads its data in order: the dataset itself is the shuffle."""
+    """Takes its optimiser from the recipe, adds the two halves of the loss to the log, and reads its data in order: the
+    dataset itself is the shuffle.
+    """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, optimizer_config: OptimizerConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.optimizer_config = optimizer_config
         self._halves: dict[str, list[torch.Tensor]] = {"text_loss": [], "image_loss": []}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        self.optimizer = build_optimizer(model or self.model, self.optimizer_config)
+        return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         outputs = model(**inputs)
@@ -221,6 +228,7 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
         train_dataset=ConversationDataset(rows, processor, recipe, length),
         data_collator=PadRight(processor.vocabulary.pad_token_id),
         callbacks=[RunCallback(directory, processor, recipe.logging.sample_every)],
+        optimizer_config=recipe.optimizer,
     )
     checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
     if checkpoint:
@@ -241,12 +249,8 @@ def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> Train
         output_dir=str(directory.checkpoints),
         max_steps=recipe.optimizer.steps,
         per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.optimizer.lr,
         warmup_steps=recipe.optimizer.warmup,
         lr_scheduler_type="cosine",
-        weight_decay=recipe.optimizer.weight_decay,
-        adam_beta1=recipe.optimizer.betas[0],
-        adam_beta2=recipe.optimizer.betas[1],
         max_grad_norm=recipe.optimizer.clip,
         bf16=recipe.bf16,
         logging_steps=recipe.logging.every,
@@ -276,6 +280,7 @@ def begin_model(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, 
     text_config = CONFIG_MAPPING[recipe.model.model_type](**recipe.model.options)
     model = UniMMForConditionalGeneration(config_for(text_config, codec, processor))
     model.model.visual = codec.eval().requires_grad_(False)
+    model.begin_code_rows()
     model.generation_config = default_generation(processor)
     return model, processor
 

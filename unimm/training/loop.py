@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
-from unimm.training.optimizer import OptimizerConfig, build_optimizer
+from unimm.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from unimm.training.plots import plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
 
@@ -67,7 +67,8 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
     accelerator = Accelerator(mixed_precision=config.precision)
     if accelerator.is_main_process:
         directory.start(recipe)
-    optimizer, schedule = build_optimizer(task.model, config.optimizer)
+    optimizer = build_optimizer(task.model, config.optimizer)
+    schedule = build_schedule(optimizer, config.optimizer)
     model, optimizer, schedule = accelerator.prepare(task.model, optimizer, schedule)
     start = _resume(accelerator, directory)
     bar = tqdm(

@@ -1,41 +1,61 @@
-"""AdamW with warm-up and cosine decay: the one optimiser of the codec and detokenizer stages."""
+"""The optimiser of every stage: AdamW, with Muon for the hidden matrices where a recipe says so, and its schedule."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pytorch_optimizer import Muon
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule.
+    """Learning rates and their schedule.
 
     Args:
         steps: optimiser steps in all.
         lr: peak learning rate; it rises over `warmup` steps and falls to zero by a cosine.
+        muon_lr: peak learning rate of Muon (Jordan et al., 2024), which then takes the matrices between embedding and
+            head; None leaves all weights to AdamW.
         clip: largest gradient norm.
         betas, weight_decay: of AdamW; vectors (norms, biases) are not decayed.
     """
 
     steps: int
     lr: float = 1e-3
+    muon_lr: float | None = None
     warmup: int = 100
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimizerConfig
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Optimiser and schedule over the trainable weights of `model`."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """One optimiser over the trainable weights of `model`."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in trainable if weight.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in trainable if weight.ndim <= 1], "weight_decay": 0.0},
+    hidden = set() if config.muon_lr is None else _hidden_matrices(model)
+    adamw: list[dict[str, Any]] = [
+        {"params": [w for w in trainable if w.ndim > 1 and w not in hidden], "weight_decay": config.weight_decay},
+        {"params": [w for w in trainable if w.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
+    if config.muon_lr is None:
+        return torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas)
+    matrices = [weight for weight in trainable if weight in hidden]
+    groups = [group | {"use_muon": False, "lr": config.lr, "betas": config.betas} for group in adamw]
+    return Muon([{"params": matrices, "use_muon": True, "lr": config.muon_lr}, *groups])
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up, then a cosine to zero."""
+    return get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
+
+
+def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """Weights of the linear layers other than the head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head}

@@ -18,6 +18,7 @@ from unimm.generation import UniMMGenerationMixin
 from unimm.sequence import ImageSpan, UniMMProcessor
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.losses import factored_cross_entropy
+from unimm.unified.rows import code_rows, extend_rows
 
 
 @dataclass
@@ -248,14 +249,25 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             decoded.append(self.codec.decode(VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool), grid)))
         return torch.cat(decoded)
 
+    @torch.no_grad()
+    def begin_code_rows(self) -> None:
+        """Give the code rows of embedding and head the geometry of the codec's vectors, at the text rows' mean norm."""
+        vocabulary, codec = self.config.vocabulary, self.codec
+        ids = torch.arange(vocabulary.codebook_size, device=codec.device).view(1, -1, 1)
+        vectors = codec.quantizer.lookup(ids)[0].cpu()
+        block = slice(vocabulary.image_token_offset, vocabulary.image_token_end)
+        for weight in (self.get_input_embeddings().weight, self.lm_head.weight):
+            norm = float(weight[: vocabulary.image_token_offset].float().norm(dim=1).mean())
+            weight[block] = code_rows(vectors, weight.shape[1], norm).to(weight)
+
     @classmethod
     def from_backbones(
         cls, llm: str | PreTrainedModel, codec: VisualCodecModel, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
         """A new model over a causal language model and a codec, and the processor that goes with it.
 
-        Text rows keep the language model's embeddings and head bit by bit, untied where they were tied; code rows
-        start as noise of the text rows' mean norm.
+        Text rows keep the language model's embeddings and head bit by bit, untied where they were tied; code rows start
+        with the geometry of the codec's vectors (`begin_code_rows`).
 
         Args:
             llm: a causal language model, or its name or path.
@@ -285,6 +297,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         model.model.language_model.load_state_dict(state)
         head = backbone.get_output_embeddings().weight.data
         model.lm_head.weight.data.copy_(extend_rows(head, config.vocabulary.size))
+        model.begin_code_rows()
         return model.eval(), processor
 
 
@@ -314,10 +327,3 @@ def config_for(text_config: Any, codec: VisualCodecModel, processor: UniMMProces
         span_shapes=shapes,
         null_prompt_ids=processor.null_prompt_ids(),
     )
-
-
-def extend_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """`[V, D]` with rows of noise appended up to `size`, of the given rows' mean norm."""
-    norm = rows.float().norm(dim=1).mean()
-    noise = torch.randn(size - len(rows), rows.shape[1], dtype=torch.float32) * norm / rows.shape[1] ** 0.5
-    return torch.cat([rows, noise.to(rows.dtype)])

@@ -16,7 +16,7 @@ from unimm.scorers.palette import GROUNDS
 
 SINGLE_SIZE = 96
 PAIR_SIZE = 56
-NUM_GLYPHS = 640
+NUM_GLYPHS = 384
 
 
 @lru_cache(maxsize=1)

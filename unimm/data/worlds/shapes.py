@@ -48,7 +48,7 @@ class ShapesWorld(World):
     def _single(self, rng: np.random.Generator) -> SceneFacts:
         shape, colour = self._pair(rng)
         size = SINGLE_SIZES[rng.integers(len(SINGLE_SIZES))]
-        x, y = (int(SIDE // 2 + shift) for shift in rng.choice((-8, 0, 8), size=2))
+        x, y = (int(SIDE // 2 + shift) for shift in rng.choice(SHIFTS, size=2))
         return SceneFacts((SceneObject(shape, colour, (x, y), size),), ground=pick_ground(rng))
 
     def _count(self, rng: np.random.Generator) -> SceneFacts:

@@ -1,4 +1,4 @@
-"""Words: one to four capital letters, pronounceable but mostly not English, in colour on a pale ground."""
+"""Words: one to four capital letters, pronounceable but mostly not English, in colour on white."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from unimm.data.worlds.base import SIDE, Canvas, Example, World, pick_ground
+from unimm.data.worlds.base import SIDE, Canvas, Example, World
 from unimm.data.worlds.captions import word_captions
 from unimm.scorers.facts import SceneFacts
 from unimm.scorers.letters import CELL_HEIGHT, CELL_WIDTH, letter_coverage
@@ -32,7 +32,7 @@ class WordsWorld(World):
         while is_held_out_word(word) != self.held_out:
             word = self._word(rng)
         ink = list(COLOURS)[rng.integers(len(COLOURS))]
-        facts = SceneFacts(word=word, ink=ink, ground=pick_ground(rng))
+        facts = SceneFacts(word=word, ink=ink, ground="white")
         return Example(render(facts), facts, category, word_captions(facts), questions(facts))
 
     def _word(self, rng: np.random.Generator) -> str:
