@@ -9,11 +9,13 @@ from conftest import needs_font
 from unimm.codec import VisualCodecModel, load_preset
 from unimm.config import from_dict, read_yaml
 from unimm.data.rows import read_rows, write_rows
+from unimm.detokenizer import CodesToImagePipeline
 from unimm.training.loop import check_finite
+from unimm.training.pool import held_out_pixels
 from unimm.training.recipe import STAGES, train
 from unimm.training.run_directory import RunConfig, RunDirectory
 
-RECIPES = ["codec", "pretrain", "sft"]
+RECIPES = ["codec", "detokenizer", "pretrain", "sft"]
 SHAPES = {"shapes": 1.0}
 TINY_CODEC = {
     "encoder": {"kind": "conv", "patch": 16, "channels": [8], "blocks": 1},
@@ -108,6 +110,34 @@ def test_rows_restart_and_refuse_another_codec(tmp_path, monkeypatch):
         read_rows(tmp_path, other)
     with pytest.raises(ValueError, match="holds no rows"):
         read_rows(tmp_path / "nothing", codec)
+
+
+def detokenizer_recipe(folder, codec_run, name):
+    return write_recipe(
+        folder / f"{name}.yaml",
+        task="detokenizer",
+        run={"name": name, "directory": str(folder)},
+        codec=str(codec_run.model),
+        data={"worlds": SHAPES, "pool_size": 24, "batch_size": 4},
+        model={"patch_size": 16, "width": 16, "depth": 1, "num_heads": 2, "code_dim": 8},
+        optimizer={"steps": 4, "warmup": 2, "muon_lr": 0.02},
+        logging={"every": 1, "validate_every": 4, "save_every": 2},
+        precision="no",
+    )
+
+
+def test_a_detokenizer_is_trained_resumed_and_reloaded(trained_codec, tmp_path):
+    whole = train(detokenizer_recipe(tmp_path, trained_codec, "detokenizer"))
+    before = losses(whole)
+    (whole.root / "finished.json").unlink()
+    shutil.rmtree(whole.checkpoints / "step-00000004")
+    again = train(tmp_path / "detokenizer.yaml")
+    assert losses(again) == before
+    assert {"psnr_shapes", "codec_psnr_shapes"} <= set(read_yaml(again.root / "finished.json"))
+    codec = VisualCodecModel.from_pretrained(trained_codec.model)
+    codes = codec.encode(held_out_pixels("shapes", 2))
+    images = CodesToImagePipeline.from_pretrained(again.model)(codes, num_inference_steps=4).images
+    assert [image.size for image in images] == [(128, 128)] * 2
 
 
 def language_recipe(folder, codec_run, name, **changes):

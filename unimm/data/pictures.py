@@ -57,7 +57,7 @@ def render_pool(mixture: Mixture, size: int, path: Path) -> np.ndarray:
 
 def to_pixel_values(pictures: np.ndarray) -> torch.Tensor:
     """uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(pixel_values: torch.Tensor) -> list[Image.Image]:

@@ -17,25 +17,10 @@ from unimm.scorers.reconstruction import psnr
 from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
+from unimm.training.pool import PoolConfig, held_out_pixels
 from unimm.training.run_directory import RunConfig, RunDirectory
 
-VALIDATION_SIZE = 96  # pictures per world
 SHEET_SIZE = 16
-
-
-@dataclass(frozen=True)
-class PoolConfig:
-    """Pictures to learn from.
-
-    Args:
-        worlds: world name to its share.
-        pool_size: pictures rendered once, before the first step.
-        batch_size: pictures per step and process.
-    """
-
-    worlds: dict[str, float]
-    pool_size: int = 30_000
-    batch_size: int = 32
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ class CodecTask:
         self.pool = pool
         self.codec = VisualCodecModel(VisualCodecConfig(**recipe.model)).to(memory_format=torch.channels_last)
         self.model: nn.Module = self.codec
-        self.held_out = {name: held_out_pixels(name, VALIDATION_SIZE) for name in recipe.data.worlds}
+        self.held_out = {name: held_out_pixels(name) for name in recipe.data.worlds}
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.recipe.run.seed, step, rank])
@@ -108,12 +93,6 @@ def reconstruction_losses(
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     loss = weights.squared * squared + weights.absolute * absolute + weights.edges * edges
     return {"loss": loss, "squared": squared, "absolute": absolute, "edges": edges}
-
-
-def held_out_pixels(world: str, size: int) -> torch.Tensor:
-    """Held-out pictures of one world, float `[size, 3, H, W]`."""
-    mixture = Mixture({world: 1.0}, split="held_out", seed=1)
-    return to_pixel_values(np.stack([np.asarray(mixture.example(index)[1].image) for index in range(size)]))
 
 
 def train_codec(recipe: CodecRecipe) -> RunDirectory:

@@ -48,9 +48,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return Muon([{"params": matrices, "use_muon": True, "lr": config.muon_lr}, *groups])
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig
-) -> torch.optim.lr_scheduler.LRScheduler:
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> torch.optim.lr_scheduler.LRScheduler:
     """Warm-up, then a cosine to zero."""
     return get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
 

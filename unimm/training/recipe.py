@@ -8,11 +8,13 @@ from typing import Any
 
 from unimm.config import from_dict, read_yaml, set_by_path
 from unimm.training.codec import CodecRecipe, train_codec
+from unimm.training.detokenizer import DetokenizerRecipe, train_detokenizer
 from unimm.training.language import LanguageRecipe, train_language
 from unimm.training.run_directory import RunDirectory
 
 STAGES: dict[str, tuple[type, Callable[[Any], RunDirectory]]] = {
     "codec": (CodecRecipe, train_codec),
+    "detokenizer": (DetokenizerRecipe, train_detokenizer),
     "pretrain": (LanguageRecipe, train_language),
     "sft": (LanguageRecipe, train_language),
 }

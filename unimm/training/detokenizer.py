@@ -1,0 +1,153 @@
+"""The detokenizer stage: rectified flow from noise to the pictures that a trained codec's codes stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+from tqdm import tqdm
+
+from unimm.codec import VisualCodecModel
+from unimm.data.pictures import Mixture, render_pool, to_pictures, to_pixel_values
+from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
+from unimm.files import atomic_directory, atomic_write
+from unimm.scorers.reconstruction import psnr
+from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
+from unimm.training.optimizer import OptimizerConfig
+from unimm.training.plots import contact_sheet
+from unimm.training.pool import PoolConfig, held_out_pixels
+from unimm.training.run_directory import RunConfig, RunDirectory
+from unimm.unified.rows import code_rows
+
+VALIDATION_SIZE = 24  # pictures per world, each drawn in `VALIDATION_STEPS` steps
+VALIDATION_STEPS = 8
+SHEET_SIZE = 8
+ENCODE_BATCH = 100
+
+
+@dataclass(frozen=True)
+class DetokenizerRecipe:
+    """A recipe with `task: detokenizer`.
+
+    Args:
+        codec: a saved codec of one code per position.
+        model: keys of `CodesToImageTransformer2DModel` other than those that the codec decides.
+        drop_codes: share of pictures drawn without their codes, so that guidance has something to lean on.
+    """
+
+    task: str
+    run: RunConfig
+    data: PoolConfig
+    optimizer: OptimizerConfig
+    codec: str
+    model: dict[str, Any] = field(default_factory=dict)
+    drop_codes: float = 0.1
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    precision: str = "bf16"
+
+
+class DetokenizerTask:
+    """Velocity error at noise levels drawn logit-normally (2403.03206), and figures on held-out scenes.
+
+    Args:
+        recipe: of the stage.
+        codec: frozen.
+        pool: uint8 `[S, H, W, 3]`.
+        codes: int64 `[S, N]`, of the pool.
+    """
+
+    def __init__(self, recipe: DetokenizerRecipe, codec: VisualCodecModel, pool: np.ndarray, codes: torch.Tensor):
+        self.recipe, self.codec, self.pool, self.codes = recipe, codec, pool, codes
+        self.transformer = begin_transformer(recipe, codec)
+        self.model: nn.Module = self.transformer
+        self.held_out = {name: held_out_pixels(name, VALIDATION_SIZE) for name in recipe.data.worlds}
+
+    def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([self.recipe.run.seed, step, rank])
+        picked = np.sort(rng.integers(len(self.pool), size=self.recipe.data.batch_size))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        device = self.transformer.device
+        pixels = to_pixel_values(self.pool[picked]).to(device)
+        noise = torch.randn(pixels.shape, generator=generator).to(device)
+        sigma = torch.randn(len(pixels), generator=generator).sigmoid().to(device)
+        drop = (torch.rand(len(pixels), generator=generator) < self.recipe.drop_codes).to(device)
+        noisy = torch.lerp(pixels, noise, sigma.view(-1, 1, 1, 1))
+        timestep = sigma * self.transformer.config.num_train_timesteps
+        velocity = model(noisy, timestep, self.codes[picked].to(device), drop).sample
+        return {"loss": (velocity.float() - (noise - pixels)).square().mean()}
+
+    def validate(self) -> dict[str, float]:
+        """PSNR of pictures drawn from codes, beside that of the codec's own decoder."""
+        figures = {}
+        for name, pixels in self.held_out.items():
+            drawn, decoded = self._draw(pixels)
+            figures[f"psnr_{name}"] = float(psnr(drawn, pixels).mean())
+            figures[f"codec_psnr_{name}"] = float(psnr(decoded, pixels).mean())
+        return figures
+
+    def draw_sheet(self, path: Path) -> None:
+        """Originals, the codec's decoding, and the detokenizer's drawing, one above the other."""
+        shown = torch.cat([pixels[: SHEET_SIZE // len(self.held_out) + 1] for pixels in self.held_out.values()])
+        drawn, decoded = self._draw(shown)
+        contact_sheet([p for row in (shown, decoded, drawn) for p in to_pictures(row)], path, columns=len(shown))
+
+    def pipeline(self) -> CodesToImagePipeline:
+        """The transformer, in its present state, with a stock scheduler."""
+        pipeline = CodesToImagePipeline(self.transformer, FlowMatchEulerDiscreteScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _draw(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drawings and decodings of the codes of `pixels` `[B, 3, H, W]`, on the CPU in [-1, 1]."""
+        self.transformer.eval()
+        codes = self.codec.encode(pixels.to(self.codec.device))
+        generator = torch.Generator().manual_seed(0)
+        images = self.pipeline()(
+            codes, num_inference_steps=VALIDATION_STEPS, generator=generator, output_type="pt"
+        ).images
+        self.transformer.train()
+        return images.cpu() * 2 - 1, self.codec.decode(codes).cpu()
+
+
+def begin_transformer(recipe: DetokenizerRecipe, codec: VisualCodecModel) -> CodesToImageTransformer2DModel:
+    """A denoiser of the codec's sizes, whose code embedding begins with the geometry of the codec's vectors."""
+    size = codec.spec_without_fingerprint.single_size
+    side = codec.config.image_size
+    transformer = CodesToImageTransformer2DModel(
+        **recipe.model, sample_size=side, codebook_size=size, code_grid=side // codec.config.downsample
+    )
+    vectors = codec.quantizer.lookup(torch.arange(size, device=codec.device).view(1, -1, 1))[0].cpu()
+    rows = transformer.code_embedding.weight
+    with torch.no_grad():
+        rows.copy_(code_rows(vectors, rows.shape[1], rows.shape[1] ** 0.5))
+    return transformer
+
+
+def encode_pool(codec: VisualCodecModel, pool: np.ndarray, path: Path) -> torch.Tensor:
+    """Codes `[S, N]` of a pool, encoded once and kept in `path`."""
+    if not path.exists():
+        starts = tqdm(range(0, len(pool), ENCODE_BATCH), desc="encoding")
+        batches = [codec.encode(to_pixel_values(pool[i : i + ENCODE_BATCH]).to(codec.device)).ids for i in starts]
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.save(file, torch.cat(batches)[..., 0].cpu().numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def train_detokenizer(recipe: DetokenizerRecipe) -> RunDirectory:
+    """Train a detokenizer and save it as a diffusers pipeline under `model/` of the run directory."""
+    torch.manual_seed(recipe.run.seed)
+    directory = RunDirectory(recipe.run)
+    codec = VisualCodecModel.from_pretrained(recipe.codec).eval()
+    mixture = Mixture(recipe.data.worlds, seed=recipe.run.seed)
+    pool = render_pool(mixture, recipe.data.pool_size, directory.root / "pool.npy")
+    task = DetokenizerTask(recipe, codec, pool, encode_pool(codec, pool, directory.root / "codes.npy"))
+    directory = run_loop(task, LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision), recipe)
+    with atomic_directory(directory.model) as path:
+        task.pipeline().save_pretrained(path)
+    directory.finish(task.validate())
+    return directory
