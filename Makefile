@@ -49,9 +49,10 @@ style: .venv/dev
 # Every stage goes on where it stopped, and a finished one is left alone.
 tiny: .venv/base font
 	$(BIN)/unimm train recipes/tiny/codec.yaml
+	$(BIN)/unimm train recipes/tiny/detokenizer.yaml
 	$(BIN)/unimm train recipes/tiny/pretrain.yaml
 	$(BIN)/unimm train recipes/tiny/sft.yaml
-	$(BIN)/unimm export runs/tiny-sft/model model_cards/unimm-tiny
+	$(BIN)/unimm export runs/tiny-sft/model model_cards/unimm-tiny --detokenizer runs/tiny-detokenizer/model
 
 clean:
 	rm -rf .venv demo_output .pytest_cache .mypy_cache .ruff_cache

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import unimm
 from unimm.cli.chat import half_blocks
 from unimm.cli.main import main
+from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
 from unimm.hub import write_card, write_repository
 from unimm.pipelines import Picture, Reply, open_image
 from unimm.sequence import TextPart
@@ -103,6 +105,36 @@ def test_a_repository_holds_what_the_hub_needs(tiny_folder, tiny, tmp_path):
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     assert loaded.model.codec.encode(pixels).ids.equal(tiny[0].codec.encode(pixels).ids)
     assert f"{sum(v.numel() for v in weights.values()):,} weights" in (folder / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def with_detokenizer(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detokenizer")
+    torch.manual_seed(0)
+    sizes = {"sample_size": 32, "patch_size": 16, "width": 16, "depth": 1, "num_heads": 2, "code_dim": 8}
+    transformer = CodesToImageTransformer2DModel(**sizes, codebook_size=64, code_grid=2)
+    torch.nn.init.normal_(transformer.patches_out.weight, std=0.1)
+    CodesToImagePipeline(transformer, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "pipeline")
+    return write_repository(tiny_folder, folder / "repository", folder / "pipeline")
+
+
+def test_both_decoders_draw_the_same_codes(with_detokenizer, tmp_path):
+    model = unimm.load(with_detokenizer)
+    by_codec, by_diffusion, again = (
+        model.generate("a star", seed=4, diffusion_steps=steps)[0].parts[0] for steps in (0, 4, 4)
+    )
+    assert by_codec.codes.ids.equal(by_diffusion.codes.ids)
+    assert by_codec.image.tobytes() != by_diffusion.image.tobytes()
+    assert by_diffusion.image.tobytes() == again.image.tobytes()
+    output = tmp_path / "a.png"
+    arguments = ["draw", "a star", "-o", str(output), "--seed", "4", "--guidance", "1", "--diffusion-steps", "4"]
+    assert main([*arguments, "--model", str(with_detokenizer)]) == 0
+    assert Image.open(output).tobytes() == again.image.tobytes()
+
+
+def test_diffusion_steps_without_a_detokenizer_are_refused(unimm_tiny):
+    with pytest.raises(ValueError, match="no diffusion detokenizer"):
+        unimm_tiny.generate("a star", diffusion_steps=4)
 
 
 def test_cli_draws_describes_and_tokenizes(tiny_folder, tmp_path, picture_file, capsys):

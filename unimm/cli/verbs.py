@@ -36,6 +36,12 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="repeats a drawing")
     parser.add_argument("--guidance", type=float, default=1.5, help="strength of guidance, 1 is none (default: 1.5)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    parser.add_argument(
+        "--diffusion-steps",
+        type=int,
+        default=0,
+        help="0: the codec decodes in one pass (default); 4 to 20: the diffusion detokenizer draws the pixels",
+    )
 
 
 def _draw(arguments: argparse.Namespace) -> None:
@@ -53,6 +59,7 @@ def _draw(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         guidance=arguments.guidance,
         temperature=arguments.temperature,
+        diffusion_steps=arguments.diffusion_steps,
     )
     pictures = [image for reply in replies for image in reply.images]
     sheet = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
@@ -129,6 +136,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a trained model, for example runs/tiny-sft/model")
     parser.add_argument("target", help="folder that becomes the Hub repository")
+    parser.add_argument("--detokenizer", help="a trained one, for example runs/tiny-detokenizer/model")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -139,7 +147,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from unimm.evaluation import evaluate_tiny
     from unimm.hub import write_card, write_repository
 
-    folder = write_repository(Path(arguments.source), Path(arguments.target))
+    detokenizer = Path(arguments.detokenizer) if arguments.detokenizer else None
+    folder = write_repository(Path(arguments.source), Path(arguments.target), detokenizer)
     report = evaluate_tiny(unimm.load(folder), command="unimm evaluate tiny", folder=folder)
     write_card(folder, report.to_markdown(), num_emoji=NUM_GLYPHS)
     print(report.to_markdown())

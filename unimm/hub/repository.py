@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from unimm.detokenizer import CodesToImagePipeline
 from unimm.files import atomic_directory
+from unimm.pipelines.unimm import DETOKENIZER_FOLDER
 from unimm.sequence import UniMMProcessor
 from unimm.unified import UniMMForConditionalGeneration
 
@@ -27,14 +29,21 @@ SHIMS = {
 }
 
 
-def write_repository(source: Path, target: Path) -> Path:
+def write_repository(source: Path, target: Path, detokenizer: Path | None = None) -> Path:
     """Copy a trained model to `target`: the language model in bfloat16, the codec in float32, shims beside them.
 
+    Args:
+        source: a saved model with its processor.
+        target: folder that becomes the repository.
+        detokenizer: a saved pipeline, which goes to `detokenizer/` in bfloat16.
+
     Raises:
-        ValueError: `source` holds no model.
+        ValueError: `source` holds no model, or `detokenizer` no pipeline.
     """
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} holds no saved model; train one first (make tiny).")
+    if detokenizer is not None and not (detokenizer / "model_index.json").is_file():
+        raise ValueError(f"{detokenizer} holds no saved pipeline; train one first (make tiny).")
     model = UniMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
     model.config.auto_map = AUTO_MAP
     with atomic_directory(target) as folder:
@@ -45,4 +54,7 @@ def write_repository(source: Path, target: Path) -> Path:
         processor_file.write_text(json.dumps(settings, indent=2) + "\n")
         for name, text in SHIMS.items():
             (folder / name).write_text(text)
+        if detokenizer is not None:
+            pipeline = CodesToImagePipeline.from_pretrained(detokenizer)
+            pipeline.to(torch.bfloat16).save_pretrained(folder / DETOKENIZER_FOLDER)
     return target

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
-from unimm.pipelines.unimm import UniMM
+from unimm.pipelines.unimm import DETOKENIZER_FOLDER, UniMM
 from unimm.sequence import UniMMProcessor
 from unimm.unified import UniMMForConditionalGeneration
 
@@ -36,4 +37,6 @@ def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dt
     if found:
         raise ValueError(f"The weights in {name} do not fit its config ({'; '.join(found)}). Save the model again.")
     assert isinstance(model.generation_config, GenerationConfig)
-    return UniMM(model.to(device).eval(), UniMMProcessor.from_pretrained(name))
+    local = Path(name).is_dir()
+    folder = Path(name if local else snapshot_download(name, allow_patterns=f"{DETOKENIZER_FOLDER}/*"))
+    return UniMM(model.to(device).eval(), UniMMProcessor.from_pretrained(name), folder)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +16,11 @@ from transformers import BatchFeature
 from unimm.codes import VisualCodes
 from unimm.sequence import ImagePart, TextPart, UniMMProcessor
 from unimm.unified import UniMMForConditionalGeneration
+
+if TYPE_CHECKING:  # diffusers takes seconds to import and most drawings never need it
+    from unimm.detokenizer import CodesToImagePipeline
+
+DETOKENIZER_FOLDER = "detokenizer"
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,30 @@ class UniMM:
     Args:
         model: with its codec.
         processor: of the model.
+        folder: that the model was loaded from; its detokenizer, if there is one, lies in `detokenizer/`.
     """
 
-    def __init__(self, model: UniMMForConditionalGeneration, processor: UniMMProcessor) -> None:
+    def __init__(
+        self, model: UniMMForConditionalGeneration, processor: UniMMProcessor, folder: Path | None = None
+    ) -> None:
         self.model = model
         self.processor = processor
+        self.folder = folder
+
+    @cached_property
+    def detokenizer(self) -> CodesToImagePipeline:
+        """The diffusion detokenizer, loaded when it is first used.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if self.folder is None or not (self.folder / DETOKENIZER_FOLDER / "model_index.json").is_file():
+            raise ValueError("This model has no diffusion detokenizer; draw with diffusion_steps=0, by its codec.")
+        from unimm.detokenizer import CodesToImagePipeline
+
+        pipeline = CodesToImagePipeline.from_pretrained(self.folder / DETOKENIZER_FOLDER).to(self.model.device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def generate(
         self,
@@ -73,6 +99,7 @@ class UniMM:
         guidance: float = 1.0,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        diffusion_steps: int = 0,
     ) -> list[Reply]:
         """Draw: `n` replies of one picture each per prompt, prompt by prompt.
 
@@ -82,16 +109,17 @@ class UniMM:
             seed: repeats the drawings; None draws anew.
             guidance: strength of classifier-free guidance, 1 is none.
             temperature, top_p: of sampling; temperature 0 is greedy.
+            diffusion_steps: 0 decodes by the codec in one pass; 4 to 20 draw by the diffusion detokenizer.
 
         Raises:
-            ValueError: an empty prompt, or one that is longer than the model takes.
+            ValueError: an empty prompt, one that is longer than the model takes, or no detokenizer for diffusion steps.
         """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not listed or not all(prompt.strip() for prompt in listed):
             raise ValueError("The prompt is empty; say what to draw, for example 'a red heart'.")
         requests = [[{"role": "user", "content": prompt}] for prompt in listed for _ in range(n)]
         rows = self._answer(requests, seed=seed, mode="image", guidance=guidance, temperature=temperature, top_p=top_p)
-        return self._replies(rows)
+        return self._replies(rows, diffusion_steps=diffusion_steps, seed=seed)
 
     def understand(
         self, images: Image.Image | Sequence[Image.Image], questions: str | Sequence[str] = "describe the picture"
@@ -163,22 +191,39 @@ class UniMM:
             processor_kwargs={"padding": True},
         )
 
-    def _replies(self, rows: list[list[int]]) -> list[Reply]:
+    def _replies(self, rows: list[list[int]], *, diffusion_steps: int = 0, seed: int | None = None) -> list[Reply]:
         parsed = [
             [part for part in self.processor.parse(row) if isinstance(part, TextPart) or part.complete] for row in rows
         ]
         drawn = [part.codes for parts in parsed for part in parts if isinstance(part, ImagePart)]
-        pictures = iter(self.decode(drawn))
+        pictures = iter(self.decode(drawn, diffusion_steps=diffusion_steps, seed=seed))
         return [
             Reply(tuple(next(pictures) if isinstance(part, ImagePart) else part for part in parts)) for parts in parsed
         ]
 
     @torch.no_grad()
-    def decode(self, codes: Sequence[VisualCodes]) -> list[Picture]:
-        """Pictures of single codes, each decoded by the codec."""
+    def decode(
+        self, codes: Sequence[VisualCodes], *, diffusion_steps: int = 0, seed: int | None = None
+    ) -> list[Picture]:
+        """Pictures of single codes: one pass of the codec, or so many steps of the diffusion detokenizer.
+
+        Args:
+            codes: of one picture each.
+            diffusion_steps: 0 for the codec.
+            seed: of the detokenizer's noise; picture i takes seed + i.
+
+        Raises:
+            ValueError: diffusion steps of a model without detokenizer.
+        """
         pictures = []
-        for single in codes:
-            pixels = self.model.codec.decode(single.to(self.model.device))[0]
+        for index, single in enumerate(codes):
+            placed = single.to(self.model.device)
+            if diffusion_steps:
+                generator = None if seed is None else torch.Generator().manual_seed(seed + index)
+                images = self.detokenizer(placed, num_inference_steps=diffusion_steps, generator=generator).images
+                pictures.append(Picture(images[0], single))
+                continue
+            pixels = self.model.codec.decode(placed)[0]
             levels = ((pixels.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
             pictures.append(Picture(Image.fromarray(np.ascontiguousarray(levels)), single))
         return pictures

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytorch_optimizer import Muon
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) ->
     return get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
 
 
-def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+def _hidden_matrices(model: nn.Module) -> set[torch.Tensor]:
     """Weights of the linear layers other than the head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return {module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head}

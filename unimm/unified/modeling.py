@@ -256,7 +256,9 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         ids = torch.arange(vocabulary.codebook_size, device=codec.device).view(1, -1, 1)
         vectors = codec.quantizer.lookup(ids)[0].cpu()
         block = slice(vocabulary.image_token_offset, vocabulary.image_token_end)
-        for weight in (self.get_input_embeddings().weight, self.lm_head.weight):
+        embedding, head = self.get_input_embeddings().weight, self.lm_head.weight
+        assert isinstance(embedding, torch.Tensor)
+        for weight in (embedding, head):
             norm = float(weight[: vocabulary.image_token_offset].float().norm(dim=1).mean())
             weight[block] = code_rows(vectors, weight.shape[1], norm).to(weight)
 
