@@ -6,7 +6,7 @@ import unimm
 
 model = unimm.load(*sys.argv[1:2])
 
-reply = model.generate("a red heart above a blue star", seed=0, guidance=1.5)[0]
+reply = model.generate("a red heart above a blue star", seed=0)[0]
 picture = reply.images[0]
 picture.save("heart.png")
 print("drawn: heart.png", picture.size)

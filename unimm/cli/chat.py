@@ -27,7 +27,7 @@ def converse(model: UniMM, *, folder: str, seed: int | None) -> None:
             continue
         try:
             messages.append({"role": "user", "content": _content(line)})
-            reply = model.chat(messages, seed=seed, guidance=1.5)
+            reply = model.chat(messages, seed=seed)
         except ValueError as error:
             messages = messages[:-1] if messages and messages[-1]["role"] == "user" else messages
             print(f"({error})")

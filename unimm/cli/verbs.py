@@ -34,8 +34,8 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="out.png", help="PNG to write (default: out.png)")
     parser.add_argument("--n", type=int, default=1, help="pictures, side by side in one file")
     parser.add_argument("--seed", type=int, help="repeats a drawing")
-    parser.add_argument("--guidance", type=float, default=1.5, help="strength of guidance, 1 is none (default: 1.5)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    parser.add_argument("--guidance", type=float, help="strength of guidance, 1 is none (default: the model's own)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's own)")
     parser.add_argument(
         "--diffusion-steps",
         type=int,

@@ -26,7 +26,6 @@ PROMPTS = (
 )
 CHAT = "show me an orange heart and say what it is"
 SEED = 7
-GUIDANCE = 1.5
 OUTPUT = Path("demo_output")
 GAP, LABEL = 10, 18
 
@@ -47,7 +46,7 @@ def tour(model: UniMM, folder: Path) -> None:
     _save(open_image(example), folder / "example.png")
 
     print(f"\nOne answer of text and picture:\n  you: {CHAT}\n  unimm: ", end="")
-    reply = model.chat([{"role": "user", "content": CHAT}], seed=SEED, guidance=GUIDANCE)
+    reply = model.chat([{"role": "user", "content": CHAT}], seed=SEED)
     for part in reply.parts:
         if isinstance(part, Picture):
             _save(part.image, folder / "chat.png")
@@ -61,7 +60,7 @@ def draw_all(model: UniMM) -> list[Image.Image]:
     """One drawing per prompt, with a progress bar."""
     drawings = []
     for prompt in tqdm(PROMPTS, desc="drawing"):
-        drawings += model.generate(prompt, seed=SEED, guidance=GUIDANCE)[0].images
+        drawings += model.generate(prompt, seed=SEED)[0].images
     return drawings
 
 

@@ -27,7 +27,6 @@ from unimm.scorers.word import read_word
 SEED = 1234
 BATCH = 50
 NUM_WELL_FORMED = 1_000
-GUIDANCE = 1.5
 
 PictureJudge = Callable[[Image.Image, SceneFacts], bool]
 
@@ -184,7 +183,7 @@ def measure_drawing(model: UniMM, task: DrawingTask, limit: int) -> tuple[Figure
     drawn: list[Image.Image] = []
     for start in tqdm(range(0, limit, BATCH), desc=f"drawing {task.name}", leave=False):
         prompts = [example.captions[0] for example in examples[start : start + BATCH]]
-        replies = model.generate(prompts, seed=SEED + start, guidance=GUIDANCE)
+        replies = model.generate(prompts, seed=SEED + start)
         drawn += [reply.images[0] for reply in replies]
     right = [task.judge(image, example.facts) for image, example in zip(drawn, examples, strict=True)]
     copies = to_pictures(round_trip(model, [example.image for example in examples])[1])

@@ -96,9 +96,9 @@ class UniMM:
         *,
         n: int = 1,
         seed: int | None = None,
-        guidance: float = 1.0,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
         diffusion_steps: int = 0,
     ) -> list[Reply]:
         """Draw: `n` replies of one picture each per prompt, prompt by prompt.
@@ -108,7 +108,8 @@ class UniMM:
             n: pictures per prompt.
             seed: repeats the drawings; None draws anew.
             guidance: strength of classifier-free guidance, 1 is none.
-            temperature, top_p: of sampling; temperature 0 is greedy.
+            temperature, top_p: of sampling; temperature 0 is greedy. None of the three: as the model's generation
+                config says.
             diffusion_steps: 0 decodes by the codec in one pass; 4 to 20 draw by the diffusion detokenizer.
 
         Raises:
@@ -139,7 +140,9 @@ class UniMM:
         return self._replies(self._answer(requests, seed=None, mode="text", guidance=1.0, temperature=0.0, top_p=1.0))
 
     def answer(self, prompts: Sequence[str], *, seed: int | None = None) -> list[Reply]:
-        """Sampled answers to several one-turn requests in one batch; the model decides where it draws."""
+        """Answers to several one-turn requests in one batch, sampled without guidance or truncation; the model decides
+        where it draws.
+        """
         requests = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return self._replies(self._answer(requests, seed=seed, mode=None, guidance=1.0, temperature=1.0, top_p=1.0))
 
@@ -148,9 +151,9 @@ class UniMM:
         messages: Sequence[dict[str, Any]],
         *,
         seed: int | None = None,
-        guidance: float = 1.0,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
     ) -> Reply:
         """The next turn of a conversation; the model decides where it draws."""
         rows = self._answer(
@@ -165,19 +168,22 @@ class UniMM:
         *,
         seed: int | None,
         mode: str | None,
-        guidance: float,
-        temperature: float,
-        top_p: float,
+        guidance: float | None,
+        temperature: float | None,
+        top_p: float | None,
     ) -> list[list[int]]:
         """Generated ids of every conversation, the picture's opening included."""
         inputs = self._inputs(conversations)
         if seed is not None:
             torch.manual_seed(seed)
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-        )
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "do_sample": True}
+        if temperature == 0:
+            sampling = {"do_sample": False}
         output = self.model.generate(
-            **inputs.to(self.model.device), generation_mode=mode, guidance_scale=guidance, **sampling
+            **inputs.to(self.model.device),
+            generation_mode=mode,
+            guidance_scale=guidance,
+            **{name: value for name, value in sampling.items() if value is not None},
         )
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 

@@ -65,6 +65,15 @@ class TextModelConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """How the trained model samples unless told otherwise; saved in its generation config."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class LanguageLoggingConfig:
     """Steps between log lines, between sample sheets, and between checkpoints."""
 
@@ -96,6 +105,7 @@ class LanguageRecipe:
     tasks: TaskRates = field(default_factory=TaskRates)
     answers_only: bool = False
     image_loss_weight: float = 1.0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     logging: LanguageLoggingConfig = field(default_factory=LanguageLoggingConfig)
     bf16: bool = True
 
@@ -187,7 +197,7 @@ class RunCallback(TrainerCallback):
 
 @torch.no_grad()
 def draw_samples(model: UniMMForConditionalGeneration, processor: UniMMProcessor, path: Path) -> None:
-    """A sheet of the fixed prompts, four drawings each, without guidance."""
+    """A sheet of the fixed prompts, four drawings each."""
     training, state = model.training, torch.get_rng_state()
     model.eval()
     torch.manual_seed(0)
@@ -200,7 +210,7 @@ def draw_samples(model: UniMMForConditionalGeneration, processor: UniMMProcessor
         add_generation_prompt=True,
         processor_kwargs={"padding": True},
     ).to(model.device)
-    output = model.generate(**inputs, generation_mode="image", do_sample=True, max_new_tokens=80)
+    output = model.generate(**inputs, generation_mode="image", max_new_tokens=80)
     pixels = torch.cat([model.decode_image_tokens(row) for row in output])
     labels = [prompt for prompt in SAMPLE_PROMPTS for _ in range(4)]
     contact_sheet(to_pictures(pixels), path, columns=8, labels=labels)
@@ -219,6 +229,7 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
     directory.start(recipe)
     model, processor = load_model(recipe) if recipe.init_from else begin_model(recipe)
     model.config.image_loss_weight = recipe.image_loss_weight
+    model.generation_config = generation_config(processor, recipe.sampling)
     rows = read_rows(Path(recipe.data.folder), model.codec)
     arguments = training_arguments(recipe, directory)
     length = recipe.optimizer.steps * recipe.batch_size * arguments.world_size
@@ -281,7 +292,6 @@ def begin_model(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, 
     model = UniMMForConditionalGeneration(config_for(text_config, codec, processor))
     model.model.visual = codec.eval().requires_grad_(False)
     model.begin_code_rows()
-    model.generation_config = default_generation(processor)
     return model, processor
 
 
@@ -304,11 +314,13 @@ def processor_for(tokenizer: PreTrainedTokenizerBase, codec: VisualCodecModel) -
     )
 
 
-def default_generation(processor: UniMMProcessor) -> GenerationConfig:
-    """Sampling defaults that are saved with the model."""
+def generation_config(processor: UniMMProcessor, sampling: SamplingConfig) -> GenerationConfig:
+    """Defaults of `generate` that are saved with the model."""
     return GenerationConfig(
         do_sample=True,
-        temperature=1.0,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        guidance_scale=sampling.guidance_scale,
         max_new_tokens=128,
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
