@@ -1,6 +1,9 @@
 """Stages run, resume on the same curve, and refuse what would waste hours."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -199,3 +202,17 @@ def test_emoji_rows_say_what_they_show(tmp_path):
     assert len(row["codes"]) == row["height"] * row["width"] == 64
     assert row["captions"]
     assert row["questions"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["codec", "pretrain"])
+def test_two_processes_train_one_model(trained_codec, tmp_path, stage):
+    """Both ranks step, one of them writes."""
+    recipe = codec_recipe(tmp_path, "two") if stage == "codec" else language_recipe(tmp_path, trained_codec, "two")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unimm.cli", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    subprocess.run([sys.executable, *command, str(recipe)], check=True, env=environment, timeout=300)
+    directory = RunDirectory(RunConfig("two", str(tmp_path)))
+    assert directory.finished
+    assert len(losses(directory)) == read_yaml(recipe)["optimizer"]["steps"]
+    assert (directory.model / "model.safetensors").is_file()

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
-from unimm.data.pictures import Mixture, render_pool, to_pictures, to_pixel_values
-from unimm.files import atomic_directory
+from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.scorers.reconstruction import psnr
-from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
+from unimm.training.loop import LoggingConfig, LoopConfig, render_once, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
 from unimm.training.pool import PoolConfig, held_out_pixels
@@ -83,6 +82,11 @@ class CodecTask:
         self.codec.train()
         contact_sheet([p for row in rows for p in to_pictures(row)], path, columns=len(shown))
 
+    def save(self, path: Path) -> None:
+        self.codec.eval().to(memory_format=torch.contiguous_format).save_pretrained(path)
+        size = {"height": self.codec.config.image_size, "width": self.codec.config.image_size}
+        VisualCodecImageProcessor(size=size).save_pretrained(path)
+
 
 def reconstruction_losses(
     reconstruction: torch.Tensor, pixel_values: torch.Tensor, weights: CodecLossConfig
@@ -98,16 +102,6 @@ def reconstruction_losses(
 def train_codec(recipe: CodecRecipe) -> RunDirectory:
     """Train a codec and save it, with its image processor, under `model/` of the run directory."""
     torch.manual_seed(recipe.run.seed)
-    directory = RunDirectory(recipe.run)
-    mixture = Mixture(recipe.data.worlds, seed=recipe.run.seed)
-    pool = render_pool(mixture, recipe.data.pool_size, directory.root / "pool.npy")
-    task = CodecTask(recipe, pool)
+    pool = render_once(recipe.data, RunDirectory(recipe.run), recipe.run.seed)
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision)
-    directory = run_loop(task, loop, recipe)
-    task.codec.eval()
-    with atomic_directory(directory.model) as path:
-        task.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
-        size = {"height": task.codec.config.image_size, "width": task.codec.config.image_size}
-        VisualCodecImageProcessor(size=size).save_pretrained(path)
-    directory.finish(task.validate())
-    return directory
+    return run_loop(CodecTask(recipe, pool), loop, recipe)

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from tqdm import tqdm
 
 from unimm.codec import VisualCodecModel
-from unimm.data.pictures import Mixture, render_pool, to_pictures, to_pixel_values
+from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
-from unimm.files import atomic_directory, atomic_write
+from unimm.files import atomic_write
 from unimm.scorers.reconstruction import psnr
-from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
+from unimm.training.loop import ON_CPU, LoggingConfig, LoopConfig, render_once, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
 from unimm.training.pool import PoolConfig, held_out_pixels
@@ -96,6 +97,9 @@ class DetokenizerTask:
         drawn, decoded = self._draw(shown)
         contact_sheet([p for row in (shown, decoded, drawn) for p in to_pictures(row)], path, columns=len(shown))
 
+    def save(self, path: Path) -> None:
+        self.pipeline().save_pretrained(path)
+
     def pipeline(self) -> CodesToImagePipeline:
         """The transformer, in its present state, with a stock scheduler."""
         pipeline = CodesToImagePipeline(self.transformer, FlowMatchEulerDiscreteScheduler())
@@ -143,11 +147,8 @@ def train_detokenizer(recipe: DetokenizerRecipe) -> RunDirectory:
     torch.manual_seed(recipe.run.seed)
     directory = RunDirectory(recipe.run)
     codec = VisualCodecModel.from_pretrained(recipe.codec).eval()
-    mixture = Mixture(recipe.data.worlds, seed=recipe.run.seed)
-    pool = render_pool(mixture, recipe.data.pool_size, directory.root / "pool.npy")
-    task = DetokenizerTask(recipe, codec, pool, encode_pool(codec, pool, directory.root / "codes.npy"))
-    directory = run_loop(task, LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision), recipe)
-    with atomic_directory(directory.model) as path:
-        task.pipeline().save_pretrained(path)
-    directory.finish(task.validate())
-    return directory
+    pool = render_once(recipe.data, directory, recipe.run.seed)
+    with PartialState(cpu=ON_CPU).local_main_process_first():
+        codes = encode_pool(codec, pool, directory.root / "codes.npy")
+    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision)
+    return run_loop(DetokenizerTask(recipe, codec, pool, codes), loop, recipe)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     CONFIG_MAPPING,
@@ -27,6 +28,7 @@ from unimm.data.pictures import to_pictures
 from unimm.data.rows import read_rows, row_codes, write_rows
 from unimm.files import atomic_directory
 from unimm.sequence import UniMMProcessor, train_text_tokenizer
+from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import contact_sheet, plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
@@ -242,7 +244,7 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
         optimizer_config=recipe.optimizer,
     )
     checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
-    if checkpoint:
+    if checkpoint and trainer.is_world_process_zero():
         directory.rewind(int(checkpoint.rsplit("-", 1)[1]))
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
@@ -272,7 +274,7 @@ def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> Train
         remove_unused_columns=False,
         dataloader_num_workers=1,
         dataloader_prefetch_factor=4,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=ON_CPU,
     )
 
 
@@ -282,7 +284,8 @@ def begin_model(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, 
         raise ValueError("The recipe names neither codec nor init_from; name the saved codec to begin a model with.")
     codec = VisualCodecModel.from_pretrained(recipe.codec)
     data = recipe.data
-    write_rows(codec, data.worlds, num_rows=data.num_rows, seed=data.seed, folder=Path(data.folder))
+    with PartialState(cpu=ON_CPU).local_main_process_first():
+        write_rows(codec, data.worlds, num_rows=data.num_rows, seed=data.seed, folder=Path(data.folder))
     rows = read_rows(Path(data.folder), codec)
     tokenizer = train_text_tokenizer(
         texts_of(rows), vocab_size=recipe.model.vocab_size, max_length=recipe.model.max_length

@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
+from unimm.data.pictures import Mixture, render_pool
+from unimm.files import atomic_directory
 from unimm.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from unimm.training.plots import plot_metrics
+from unimm.training.pool import PoolConfig
 from unimm.training.run_directory import RunConfig, RunDirectory
+
+ON_CPU = not torch.accelerator.is_available()  # said aloud, accelerate joins several processes on CPUs too
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,19 @@ class VisualTask(Protocol):
     def draw_sheet(self, path: Path) -> None:
         """Write a picture of samples."""
 
+    def save(self, path: Path) -> None:
+        """Write the model into an empty directory."""
+
 
 def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
-    """Train `task.model` to the end, resuming from the last checkpoint where there is one.
+    """Train `task.model` to the end, resuming from the last checkpoint where there is one, and save it under `model/`.
 
     Raises:
         ValueError: a loss that is not finite, or a run directory of another recipe.
     """
     set_seed(config.run.seed)
     directory = RunDirectory(config.run)
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=ON_CPU)
     if accelerator.is_main_process:
         directory.start(recipe)
     optimizer = build_optimizer(task.model, config.optimizer)
@@ -98,7 +107,18 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
             _look(accelerator, task, directory, done)
         if done % config.logging.save_every == 0 or done == config.optimizer.steps:
             _save(accelerator, directory, done)
+    if accelerator.is_main_process:
+        with atomic_directory(directory.model) as path:
+            task.save(path)
+        directory.finish(task.validate())
+    accelerator.wait_for_everyone()
     return directory
+
+
+def render_once(data: PoolConfig, directory: RunDirectory, seed: int) -> np.ndarray:
+    """The pictures to learn from, rendered by the first process where they are missing."""
+    with PartialState(cpu=ON_CPU).local_main_process_first():
+        return render_pool(Mixture(data.worlds, seed=seed), data.pool_size, directory.root / "pool.npy")
 
 
 def check_finite(record: dict[str, float], step: int) -> None:
@@ -132,9 +152,8 @@ def _look(accelerator: Accelerator, task: VisualTask, directory: RunDirectory, s
 
 
 def _save(accelerator: Accelerator, directory: RunDirectory, step: int) -> None:
-    # One process writes: the loop's state is the same on all of them but for the RNG, and batches do not use it.
+    accelerator.save_state(str(directory.half_checkpoint(step)))  # every process keeps its own RNG state
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with directory.checkpoint(step) as path:
-            accelerator.save_state(str(path))
-        directory.prune()
+        directory.commit(step)
     accelerator.wait_for_everyone()

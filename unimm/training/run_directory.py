@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from unimm.config import to_dict
-from unimm.files import atomic_directory, atomic_write
+from unimm.files import atomic_write
 
 PACKAGES = ("unimm", "torch", "transformers", "diffusers", "accelerate", "datasets", "tokenizers", "numpy")
 KEPT_CHECKPOINTS = 2
@@ -94,9 +95,14 @@ class RunDirectory:
         with atomic_write(self.metrics_file) as path:
             path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
-    def checkpoint(self, step: int) -> Any:
-        """Context manager that yields an empty directory; whole or absent, whatever happens in the block."""
-        return atomic_directory(self.checkpoints / f"step-{step:08d}")
+    def half_checkpoint(self, step: int) -> Path:
+        """Where a checkpoint is written; it does not count before `commit`."""
+        return self.checkpoints / f".step-{step:08d}"
+
+    def commit(self, step: int) -> None:
+        """Make a written checkpoint count, and drop the old ones."""
+        os.replace(self.half_checkpoint(step), self.checkpoints / f"step-{step:08d}")
+        self.prune()
 
     def last_checkpoint(self) -> Path | None:
         found = sorted(self.checkpoints.glob("step-*")) if self.checkpoints.exists() else []
