@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
 from unimm.data.conversations import TaskRates, converse
@@ -243,10 +243,10 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
         callbacks=[RunCallback(directory, processor, recipe.logging.sample_every)],
         optimizer_config=recipe.optimizer,
     )
-    checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
+    checkpoint = last_whole_checkpoint(directory.checkpoints)
     if checkpoint and trainer.is_world_process_zero():
-        directory.rewind(int(checkpoint.rsplit("-", 1)[1]))
-    trainer.train(resume_from_checkpoint=checkpoint)
+        directory.rewind(checkpoint_step(checkpoint))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         with atomic_directory(directory.model) as path:
             model.eval().save_pretrained(path)
@@ -254,6 +254,21 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
         last = [record for record in directory.metrics() if "loss" in record][-1]
         directory.finish(last)
     return directory
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of the Trainer that a kill did not cut short: it writes in place, its own state last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        return path
+    return None
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.rsplit("-", 1)[1])
 
 
 def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> TrainingArguments:
