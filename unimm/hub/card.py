@@ -22,7 +22,7 @@ BODY = """
 
 One causal language model that reads and draws 128 x 128 pictures: a convolutional FSQ codec turns a picture into 64
 codes, and a {layers}-layer {architecture} of width {width} works over text and codes alike. {parameters} weights in
-all.
+all.{detokenizer}
 
 ![drawings, failures first, framed by the judge](drawings.png)
 
@@ -34,6 +34,9 @@ import unimm
 model = unimm.load("model_cards/unimm-tiny")
 model.generate("a red heart above a blue star", seed=0)[0].images[0].save("heart.png")
 ```
+
+Prompts are what it was trained on: `a red circle`, `three blue stars`, `a green heart above a pink square`, `pizza`,
+`the word "CAKE" in red`. Sampling defaults are in `generation_config.json`.
 
 ## What it knows
 
@@ -51,17 +54,21 @@ On combinations that training never shows; ceilings are ground-truth pictures af
 
 Apache-2.0. Emoji pictures were rendered from Noto Color Emoji (SIL OFL 1.1); the font is not included.
 """
+DETOKENIZER = """ A rectified-flow detokenizer of {parameters} weights in `detokenizer/` draws the same codes in 4 to 20
+steps, where the codec's own decoder takes one pass: `model.generate(prompt, diffusion_steps=8)`."""
 
 
 def write_card(folder: Path, report_markdown: str, *, num_emoji: int) -> None:
     """Write `README.md` of a repository from its config, its weights and its measured report."""
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]
+    denoiser = folder / "detokenizer" / "transformer" / "diffusion_pytorch_model.safetensors"
     card = FRONT_MATTER + BODY.format(
         layers=text["num_hidden_layers"],
         architecture=text["model_type"],
         width=text["hidden_size"],
         parameters=f"{count_weights(folder / 'model.safetensors'):,}",
+        detokenizer=DETOKENIZER.format(parameters=f"{count_weights(denoiser):,}") if denoiser.exists() else "",
         num_emoji=num_emoji,
         report=report_markdown,
     )
