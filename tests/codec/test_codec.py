@@ -12,12 +12,14 @@ from PIL import Image
 from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
 from unimm.codec import load_preset, preset_names
 from unimm.codec.configuration import SOCKETS
+from unimm.codec.encoders import LocalEncoderConfig
 from unimm.codec.quantizers import FSQ, VQ, FSQConfig, VQConfig
 from unimm.codec.quantizers.vector import nearest_rows
 
 TINY = {
     "encoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [8, 16], "blocks": 1},
+        "local": {"kind": "local", "patch": 8, "channels": [8, 16], "kernels": [3, 1]},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2},
     },
     "decoder": {
@@ -45,6 +47,25 @@ def build(**changes):
 
 def pixels(batch=3, height=32, width=32):
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_a_local_encoder_sees_its_reach_and_no_further():
+    codec = build(encoder=TINY["encoder"]["local"])
+    reach = LocalEncoderConfig(patch=8, channels=(8, 16), kernels=(3, 1)).reach
+    assert reach == 8
+    images = pixels(2, 32, 32)
+    images[1, :, : 16 + reach, : 16 + reach] = images[0, :, : 16 + reach, : 16 + reach]  # cell (0, 0) and its reach
+    one, other = codec.encoder(images)
+    torch.testing.assert_close(one[:, 0, 0], other[:, 0, 0])
+    assert not torch.allclose(one[:, 0, 1], other[:, 0, 1])
+    plain = codec.encoder(torch.full((1, 3, 32, 32), 0.5))[0]
+    torch.testing.assert_close(plain, plain[:, :1, :1].expand_as(plain))  # the edge of the picture leaves no trace
+
+
+def test_a_local_encoder_needs_one_odd_kernel_per_stage():
+    for kernels in ([3], [3, 2], [3, 0]):
+        with pytest.raises(ValueError, match="one odd side"):
+            VisualCodecConfig(encoder={**TINY["encoder"]["local"], "kernels": kernels})
 
 
 @pytest.mark.parametrize(("socket", "kind"), POINTS)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from unimm.nn.blocks import TransformerBlock
-from unimm.nn.conv import ResidualBlock, SpaceToChannels, check_channels
+from unimm.nn.conv import LocalBlock, ResidualBlock, SpaceToChannels, check_channels
 from unimm.nn.positions import sincos_2d
 
 
@@ -46,6 +46,58 @@ class ConvEncoder(nn.Module):
         for stage, width in enumerate(config.channels):
             layers.append(SpaceToChannels(widths[stage], width, config.patch if stage == 0 else 2))
             layers.extend(ResidualBlock(width) for _ in range(config.blocks))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.layers(pixel_values)
+
+
+@dataclass(frozen=True)
+class LocalEncoderConfig:
+    """Convolutions that see little beyond their own cell, so that what looks alike has the same codes everywhere.
+
+    Args:
+        patch: pixels per side of the first fold.
+        channels: width of each stage; every stage but the first halves the grid.
+        kernels: odd side of the convolutions of each stage; 1 mixes channels only.
+        blocks: blocks per stage.
+    """
+
+    patch: int = 4
+    channels: tuple[int, ...] = (64, 128, 256)
+    kernels: tuple[int, ...] = (3, 3, 1)
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.kernels) != len(self.channels) or any(side < 1 or side % 2 == 0 for side in self.kernels):
+            raise ValueError(f"kernels are {self.kernels}; name one odd side for each of channels {self.channels}.")
+
+    @property
+    def downsample(self) -> int:
+        return self.patch * 2 ** (len(self.channels) - 1)
+
+    @property
+    def width(self) -> int:
+        return self.channels[-1]
+
+    @property
+    def reach(self) -> int:
+        """Pixels beyond its own cell that a code can depend on."""
+        strides = [self.patch * 2**stage for stage in range(len(self.channels))]
+        return sum(self.blocks * (side // 2) * stride for side, stride in zip(self.kernels, strides, strict=True))
+
+
+class LocalEncoder(nn.Module):
+    """A code says what its cell shows, wherever the cell lies and whatever lies far from it."""
+
+    def __init__(self, config: LocalEncoderConfig) -> None:
+        super().__init__()
+        check_channels(config.channels)
+        widths = (3, *config.channels)
+        layers: list[nn.Module] = []
+        for stage, (width, kernel) in enumerate(zip(config.channels, config.kernels, strict=True)):
+            layers.append(SpaceToChannels(widths[stage], width, config.patch if stage == 0 else 2))
+            layers.extend(LocalBlock(width, kernel) for _ in range(config.blocks))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -91,8 +143,9 @@ class ViTEncoder(nn.Module):
         return self.norm(hidden).transpose(1, 2).reshape(batch, width, rows, columns)
 
 
-EncoderConfig = ConvEncoderConfig | ViTEncoderConfig
+EncoderConfig = ConvEncoderConfig | LocalEncoderConfig | ViTEncoderConfig
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvEncoderConfig, ConvEncoder),
+    "local": (LocalEncoderConfig, LocalEncoder),
     "vit": (ViTEncoderConfig, ViTEncoder),
 }

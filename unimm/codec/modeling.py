@@ -18,7 +18,7 @@ from unimm.codec.quantizers import QUANTIZERS, Quantizer
 from unimm.codec.resamplers import RESAMPLERS, GridResampler
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
-from unimm.nn.conv import ResidualBlock
+from unimm.nn.conv import LocalBlock, ResidualBlock
 
 
 @dataclass
@@ -163,7 +163,7 @@ class VisualCodecModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        if isinstance(module, ResidualBlock):
+        if isinstance(module, (LocalBlock, ResidualBlock)):
             init.zeros_(module.conv_out.weight)
         if isinstance(module, TransformerBlock):
             init.zeros_(module.attention.out.weight)

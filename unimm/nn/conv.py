@@ -24,6 +24,24 @@ class ResidualBlock(nn.Module):
         return hidden + self.conv_out(F.silu(self.norm_out(update)))
 
 
+class LocalBlock(nn.Module):
+    """Norm over channels, one convolution of side `kernel`, SiLU, 1x1 convolution, with an identity shortcut.
+
+    Nothing but the kernel carries information between positions: no statistics over the picture, and edges are repeated
+    rather than padded by zeros, which would tell a position how far it is from them.
+    """
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.conv_in = nn.Conv2d(channels, 2 * channels, kernel, padding=kernel // 2, padding_mode="replicate")
+        self.conv_out = nn.Conv2d(2 * channels, channels, 1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return hidden + self.conv_out(F.silu(self.conv_in(normed)))
+
+
 class SpaceToChannels(nn.Module):
     """Fold `factor` x `factor` blocks of pixels into channels, then mix: a strided convolution without overlap."""
 
