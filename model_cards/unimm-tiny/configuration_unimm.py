@@ -1,0 +1,1 @@
+from unimm.unified.configuration import UniMMConfig  # noqa: F401

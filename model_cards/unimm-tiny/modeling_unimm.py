@@ -1,0 +1,1 @@
+from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel  # noqa: F401

@@ -1,0 +1,1 @@
+from unimm.sequence.processing import UniMMProcessor  # noqa: F401
