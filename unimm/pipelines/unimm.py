@@ -178,7 +178,7 @@ class UniMM:
             torch.manual_seed(seed)
         sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "do_sample": True}
         if temperature == 0:
-            sampling = {"do_sample": False}
+            sampling = {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
         output = self.model.generate(
             **inputs.to(self.model.device),
             generation_mode=mode,
