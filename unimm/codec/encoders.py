@@ -53,32 +53,19 @@ class ConvEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class LocalEncoderConfig:
+class LocalEncoderConfig(ConvEncoderConfig):
     """Convolutions that see little beyond their own cell, so that what looks alike has the same codes everywhere.
 
     Args:
-        patch: pixels per side of the first fold.
-        channels: width of each stage; every stage but the first halves the grid.
         kernels: odd side of the convolutions of each stage; 1 mixes channels only.
-        blocks: blocks per stage.
     """
 
-    patch: int = 4
-    channels: tuple[int, ...] = (64, 128, 256)
-    kernels: tuple[int, ...] = (3, 3, 1)
     blocks: int = 1
+    kernels: tuple[int, ...] = (3, 3, 1)
 
     def __post_init__(self) -> None:
         if len(self.kernels) != len(self.channels) or any(side < 1 or side % 2 == 0 for side in self.kernels):
             raise ValueError(f"kernels are {self.kernels}; name one odd side for each of channels {self.channels}.")
-
-    @property
-    def downsample(self) -> int:
-        return self.patch * 2 ** (len(self.channels) - 1)
-
-    @property
-    def width(self) -> int:
-        return self.channels[-1]
 
     @property
     def reach(self) -> int:
