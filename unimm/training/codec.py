@@ -13,10 +13,10 @@ from torch import nn
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.scorers.reconstruction import psnr
-from unimm.training.loop import LoggingConfig, LoopConfig, render_once, run_loop
+from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
-from unimm.training.pool import PoolConfig, held_out_pixels
+from unimm.training.pool import PoolConfig, held_out_pixels, render_once
 from unimm.training.run_directory import RunConfig, RunDirectory
 
 SHEET_SIZE = 16

@@ -18,10 +18,10 @@ from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
 from unimm.files import atomic_write
 from unimm.scorers.reconstruction import psnr
-from unimm.training.loop import ON_CPU, LoggingConfig, LoopConfig, render_once, run_loop
+from unimm.training.loop import ON_CPU, LoggingConfig, LoopConfig, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
-from unimm.training.pool import PoolConfig, held_out_pixels
+from unimm.training.pool import PoolConfig, held_out_pixels, render_once
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified.rows import code_rows
 

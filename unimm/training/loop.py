@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
-from unimm.data.pictures import Mixture, render_pool
 from unimm.files import atomic_directory
 from unimm.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from unimm.training.plots import plot_metrics
-from unimm.training.pool import PoolConfig
 from unimm.training.run_directory import RunConfig, RunDirectory
 
 ON_CPU = not torch.accelerator.is_available()  # said aloud, accelerate joins several processes on CPUs too
@@ -113,12 +110,6 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
         directory.finish(task.validate())
     accelerator.wait_for_everyone()
     return directory
-
-
-def render_once(data: PoolConfig, directory: RunDirectory, seed: int) -> np.ndarray:
-    """The pictures to learn from, rendered by the first process where they are missing."""
-    with PartialState(cpu=ON_CPU).local_main_process_first():
-        return render_pool(Mixture(data.worlds, seed=seed), data.pool_size, directory.root / "pool.npy")
 
 
 def check_finite(record: dict[str, float], step: int) -> None:

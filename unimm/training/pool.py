@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
-from unimm.data.pictures import Mixture, to_pixel_values
+from unimm.data.pictures import Mixture, render_pool, to_pixel_values
+from unimm.training.loop import ON_CPU
+from unimm.training.run_directory import RunDirectory
 
 VALIDATION_SIZE = 96  # pictures per world
 
@@ -31,3 +34,9 @@ def held_out_pixels(world: str, size: int = VALIDATION_SIZE) -> torch.Tensor:
     """Held-out pictures of one world, float `[size, 3, H, W]`."""
     mixture = Mixture({world: 1.0}, split="held_out", seed=1)
     return to_pixel_values(np.stack([np.asarray(mixture.example(index)[1].image) for index in range(size)]))
+
+
+def render_once(data: PoolConfig, directory: RunDirectory, seed: int) -> np.ndarray:
+    """The pictures to learn from, rendered by the first process where they are missing."""
+    with PartialState(cpu=ON_CPU).local_main_process_first():
+        return render_pool(Mixture(data.worlds, seed=seed), data.pool_size, directory.root / "pool.npy")
