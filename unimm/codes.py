@@ -46,6 +46,11 @@ class CodeSpec:
         return len(self.sizes)
 
     @property
+    def num_codes(self) -> int:
+        """Rows of all codebooks together."""
+        return sum(self.sizes)
+
+    @property
     def bits(self) -> float:
         """Bits of one image of `max_length` positions."""
         return self.max_length * sum(math.log2(size) for size in self.sizes)

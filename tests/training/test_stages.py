@@ -124,7 +124,7 @@ def detokenizer_recipe(folder, codec_run, name):
         run={"name": name, "directory": str(folder)},
         codec=str(codec_run.model),
         data={"worlds": SHAPES, "pool_size": 24, "batch_size": 4},
-        model={"patch_size": 16, "width": 16, "depth": 1, "num_heads": 2, "code_dim": 8},
+        model={"patch_size": 16, "width": 16, "depth": 1, "num_heads": 2},
         optimizer={"steps": 4, "warmup": 2, "muon_lr": 0.02},
         logging={"every": 1, "validate_every": 4, "save_every": 2},
         precision="no",

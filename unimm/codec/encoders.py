@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock, SpaceToChannels, check_channels
 from unimm.nn.positions import sincos_2d
+
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+FAINT = 0.1  # of the range [-1, 1]: a contrast that is not stretched any further
+PALETTE_DIRECTIONS = 32
 
 
 @dataclass(frozen=True)
@@ -130,9 +135,75 @@ class ViTEncoder(nn.Module):
         return self.norm(hidden).transpose(1, 2).reshape(batch, width, rows, columns)
 
 
-EncoderConfig = ConvEncoderConfig | LocalEncoderConfig | ViTEncoderConfig
+@dataclass(frozen=True)
+class FormAndPaletteConfig:
+    """Two branches over one grid of cells.
+
+    Args:
+        patch: pixels per side of a cell, and so the downsampling.
+        branch_width: channels of each branch.
+        blocks: residual blocks of each branch.
+    """
+
+    patch: int = 16
+    branch_width: int = 256
+    blocks: int = 2
+
+    @property
+    def downsample(self) -> int:
+        return self.patch
+
+    @property
+    def width(self) -> int:
+        return 2 * self.branch_width
+
+
+class FormAndPaletteEncoder(nn.Module):
+    """What lies where in a cell, and which colours it has, in two halves of the channels that never meet.
+
+    The form branch sees the cell's luminance stretched to [0, 1], which is the same for a red disc and a blue one. The
+    palette branch sees how far the cell's colours reach along learned directions of colour space, a maximum over its
+    pixels as in PointNet (1612.00593), which is the same for a disc and a square. Under a quantizer of two parts, a language model that knows a shape from one colour and a
+    colour from another shape knows the codes of their combination.
+    """
+
+    def __init__(self, config: FormAndPaletteConfig) -> None:
+        super().__init__()
+        check_channels((config.branch_width,))
+        self.patch = config.patch
+        self.form = nn.Sequential(
+            SpaceToChannels(1, config.branch_width, config.patch),
+            *(LocalBlock(config.branch_width, 1) for _ in range(config.blocks)),
+        )
+        self.directions = nn.Conv2d(3, PALETTE_DIRECTIONS, 1)
+        self.palette = nn.Sequential(
+            nn.Conv2d(PALETTE_DIRECTIONS, config.branch_width, 1),
+            *(LocalBlock(config.branch_width, 1) for _ in range(config.blocks)),
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        form = self.form(stretched_luminance(pixel_values, self.patch))
+        palette = self.palette(F.max_pool2d(self.directions(pixel_values), self.patch))
+        return torch.cat([form, palette], dim=1)
+
+
+def stretched_luminance(pixel_values: torch.Tensor, patch: int) -> torch.Tensor:
+    """Luminance `[B, 1, H, W]` of pixels in [-1, 1], linear in each cell from its darkest pixel, 0, to its brightest, 1.
+
+    A cell of one colour is 0 everywhere; contrasts below `FAINT` are dimmed rather than blown up.
+    """
+    luminance = torch.einsum("bchw,c->bhw", pixel_values, pixel_values.new_tensor(LUMINANCE))[:, None]
+    brightest = F.max_pool2d(luminance, patch)
+    darkest = -F.max_pool2d(-luminance, patch)
+    contrast = (brightest - darkest).clamp_min(FAINT)
+    scale, shift = (F.interpolate(cells, scale_factor=patch) for cells in (1 / contrast, darkest))
+    return (luminance - shift) * scale
+
+
+EncoderConfig = ConvEncoderConfig | LocalEncoderConfig | FormAndPaletteConfig | ViTEncoderConfig
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvEncoderConfig, ConvEncoder),
     "local": (LocalEncoderConfig, LocalEncoder),
+    "form_and_palette": (FormAndPaletteConfig, FormAndPaletteEncoder),
     "vit": (ViTEncoderConfig, ViTEncoder),
 }

@@ -94,6 +94,10 @@ class VisualCodecModel(PreTrainedModel):
         codes.validate(self.spec_without_fingerprint)
         return self.quantizer.lookup(codes.ids)
 
+    def code_vectors(self) -> tuple[torch.Tensor, ...]:
+        """What each code of each slot stands for, K times float32 `[size, D of the slot]`."""
+        return self.quantizer.code_vectors()
+
     def decode(self, codes: VisualCodes) -> torch.Tensor:
         """Pictures `[B, 3, H, W]` in [-1, 1].
 
@@ -159,7 +163,7 @@ class VisualCodecModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -78,7 +78,7 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         self.rows = sample_size // patch_size
         self.patches_in = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.code_embedding = nn.Embedding(codebook_size, code_dim)
-        self.codes_in = nn.Linear(code_dim, width)
+        self.codes_in = nn.Linear(code_dim, width * (self.rows // code_grid) ** 2)
         self.time_features = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIME_CHANNELS, width)
         self.modulation = nn.Linear(width, 6 * width)
@@ -117,13 +117,13 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=velocity.to(hidden_states.dtype))
 
     def embed_codes(self, codes: torch.Tensor, drop_codes: torch.Tensor | None) -> torch.Tensor:
-        """Codes `[B, N]` laid over the grid of patches, `[B, rows * rows, D]`; a dropped picture has no codes."""
+        """Codes `[B, N]` spread over the patches that each stands for, `[B, rows * rows, D]`; none where dropped."""
         embedded = self.code_embedding(codes)  # [B, N, code_dim]
         if drop_codes is not None:
             embedded = embedded.masked_fill(drop_codes[:, None, None], 0)
-        side, factor = self.config.code_grid, self.rows // self.config.code_grid
-        grid = self.codes_in(embedded).unflatten(1, (side, side))  # [B, side, side, D]
-        return grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2).flatten(1, 2)
+        side = self.config.code_grid
+        grid = self.codes_in(embedded).transpose(1, 2).unflatten(2, (side, side))  # [B, D * factor**2, side, side]
+        return nn.functional.pixel_shuffle(grid, self.rows // side).flatten(2).transpose(1, 2)
 
     def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
         grid = patches.transpose(1, 2).unflatten(2, (self.rows, self.rows))  # [B, 3 * patch * patch, rows, rows]

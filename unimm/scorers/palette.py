@@ -17,8 +17,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "cream": (252, 246, 228),
-    "mint": (228, 246, 234),
-    "sky": (226, 240, 252),
 }
 
 _RGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])

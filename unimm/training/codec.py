@@ -65,14 +65,13 @@ class CodecTask:
 
     def validate(self) -> dict[str, float]:
         self.codec.eval()
-        figures, used = {}, set()
+        figures, used = {}, []
         for name, pixels in self.held_out.items():
             codes = self.codec.encode(pixels.to(self.codec.device))
             figures[f"psnr_{name}"] = float(psnr(self.codec.decode(codes).cpu(), pixels).mean())
-            used.update(codes.ids.flatten().tolist())
+            used.append(codes.ids.flatten(0, 1))
         self.codec.train()
-        size = self.codec.spec_without_fingerprint.single_size
-        return {**figures, "codes_used_in_validation": len(used) / size}
+        return {**figures, "codes_used_in_validation": share_of_codes_used(torch.cat(used), self.codec)}
 
     def draw_sheet(self, path: Path) -> None:
         """Originals above their reconstructions, for every world."""
@@ -86,6 +85,11 @@ class CodecTask:
         self.codec.eval().to(memory_format=torch.contiguous_format).save_pretrained(path)
         size = {"height": self.codec.config.image_size, "width": self.codec.config.image_size}
         VisualCodecImageProcessor(size=size).save_pretrained(path)
+
+
+def share_of_codes_used(ids: torch.Tensor, codec: VisualCodecModel) -> float:
+    """Share of all codes of all slots that occur in `ids` `[M, K]`."""
+    return sum(len(slot.unique()) for slot in ids.unbind(dim=1)) / codec.spec_without_fingerprint.num_codes
 
 
 def reconstruction_losses(

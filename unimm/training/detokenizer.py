@@ -23,7 +23,6 @@ from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
 from unimm.training.pool import PoolConfig, held_out_pixels, render_once
 from unimm.training.run_directory import RunConfig, RunDirectory
-from unimm.unified.rows import code_rows
 
 VALIDATION_SIZE = 24  # pictures per world, each drawn in `VALIDATION_STEPS` steps
 VALIDATION_STEPS = 8
@@ -119,16 +118,18 @@ class DetokenizerTask:
 
 
 def begin_transformer(recipe: DetokenizerRecipe, codec: VisualCodecModel) -> CodesToImageTransformer2DModel:
-    """A denoiser of the codec's sizes, whose code embedding begins with the geometry of the codec's vectors."""
-    size = codec.spec_without_fingerprint.single_size
+    """A denoiser of the codec's sizes, whose code embedding begins as the codec's vectors at unit variance."""
     side = codec.config.image_size
     transformer = CodesToImageTransformer2DModel(
-        **recipe.model, sample_size=side, codebook_size=size, code_grid=side // codec.config.downsample
+        **recipe.model,
+        sample_size=side,
+        codebook_size=codec.spec_without_fingerprint.single_size,
+        code_dim=codec.dim,
+        code_grid=side // codec.config.downsample,
     )
-    vectors = codec.quantizer.lookup(torch.arange(size, device=codec.device).view(1, -1, 1))[0].cpu()
-    rows = transformer.code_embedding.weight
+    vectors = codec.code_vectors().cpu()
     with torch.no_grad():
-        rows.copy_(code_rows(vectors, rows.shape[1], rows.shape[1] ** 0.5))
+        transformer.code_embedding.weight.copy_((vectors - vectors.mean(dim=0)) / vectors.std().clamp_min(1e-6))
     return transformer
 
 

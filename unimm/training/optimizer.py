@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from pytorch_optimizer import Muon
 from torch import nn
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from unimm.nn.blocks import MLP, SelfAttention
+from unimm.nn.conv import LocalBlock, ResidualBlock
+
+# The decoder layers of every language model of transformers are of the first class.
+RESIDUAL_BLOCKS = (GradientCheckpointingLayer, SelfAttention, MLP, LocalBlock, ResidualBlock)
 
 
 @dataclass(frozen=True)
@@ -18,8 +25,8 @@ class OptimizerConfig:
     Args:
         steps: optimiser steps in all.
         lr: peak learning rate; it rises over `warmup` steps and falls to zero by a cosine.
-        muon_lr: peak learning rate of Muon (Jordan et al., 2024), which then takes the matrices between embedding and
-            head; None leaves all weights to AdamW.
+        muon_lr: peak learning rate of Muon (Jordan et al., 2024), which then takes the matrices of residual
+            blocks; None leaves all weights to AdamW.
         clip: largest gradient norm.
         betas, weight_decay: of AdamW; vectors (norms, biases) are not decayed.
     """
@@ -54,6 +61,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) ->
 
 
 def _hidden_matrices(model: nn.Module) -> set[torch.Tensor]:
-    """Weights of the linear layers other than the head."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return {module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head}
+    """Weights of the linear layers and convolutions inside residual blocks: neither embedding, nor head, nor codebook."""
+    blocks = [module for module in model.modules() if isinstance(module, RESIDUAL_BLOCKS)]
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    return {layer.weight for layer in layers}

@@ -252,9 +252,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
     @torch.no_grad()
     def begin_code_rows(self) -> None:
         """Give the code rows of embedding and head the geometry of the codec's vectors, at the text rows' mean norm."""
-        vocabulary, codec = self.config.vocabulary, self.codec
-        ids = torch.arange(vocabulary.codebook_size, device=codec.device).view(1, -1, 1)
-        vectors = codec.quantizer.lookup(ids)[0].cpu()
+        vocabulary, vectors = self.config.vocabulary, self.codec.code_vectors().cpu()
         block = slice(vocabulary.image_token_offset, vocabulary.image_token_end)
         embedding, head = self.get_input_embeddings().weight, self.lm_head.weight
         assert isinstance(embedding, torch.Tensor)

@@ -1,9 +1,24 @@
 """Quantizers behind one protocol: `quantize` (vectors to ids and vectors) and `lookup` (ids to vectors)."""
 
 from unimm.codec.quantizers.base import Quantized, Quantizer
+from unimm.codec.quantizers.product import ProductVQ, ProductVQConfig
 from unimm.codec.quantizers.scalar import FSQ, FSQConfig
 from unimm.codec.quantizers.vector import VQ, VQConfig
 
-QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {"vq": (VQConfig, VQ), "fsq": (FSQConfig, FSQ)}
+QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
+    "vq": (VQConfig, VQ),
+    "fsq": (FSQConfig, FSQ),
+    "product": (ProductVQConfig, ProductVQ),
+}
 
-__all__ = ["FSQ", "QUANTIZERS", "VQ", "FSQConfig", "Quantized", "Quantizer", "VQConfig"]
+__all__ = [
+    "FSQ",
+    "QUANTIZERS",
+    "VQ",
+    "FSQConfig",
+    "ProductVQ",
+    "ProductVQConfig",
+    "Quantized",
+    "Quantizer",
+    "VQConfig",
+]

@@ -41,6 +41,12 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 `[B, N, K]` to float32 `[B, N, D]`."""
 
+    @torch.no_grad()
+    def code_vectors(self) -> tuple[torch.Tensor, ...]:
+        """What each code of each slot stands for, K times float32 `[size, D of the slot]`."""
+        weight = next(self.parameters())
+        return (self.lookup(torch.arange(self.sizes[0], device=weight.device).view(1, -1, 1))[0],)
+
 
 def straight_through(continuous: torch.Tensor, discrete: torch.Tensor) -> torch.Tensor:
     """The value of `discrete` with the gradient of `continuous` (1308.3432)."""

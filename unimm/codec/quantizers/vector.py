@@ -22,8 +22,9 @@ class VQConfig:
         dim: width of a row; vectors are projected to it, which keeps the search cheap (2110.04627).
         normalize: L2-normalise vectors and rows, so that the nearest row is the one of largest cosine.
         ema_decay: rows follow a moving average of the vectors they stand for (1906.00446); None trains them by
-        gradient. commitment: weight of the pull of the vectors towards their rows. restart_below: a row that an EMA
-        codebook used less than this (average count per step) moves to a random
+            gradient.
+        commitment: weight of the pull of the vectors towards their rows.
+        restart_below: a row that an EMA codebook used less than this (average count per step) moves to a random
             vector of the batch; 0 never restarts.
     """
 

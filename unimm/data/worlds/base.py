@@ -105,9 +105,9 @@ def pick_ground(rng: np.random.Generator) -> str:
     return names[rng.integers(len(names))]
 
 
-def two_places(relation: str, shift: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Centres of two objects in a relation, `shift` pixels off the middle on the other axis."""
-    near, far, middle = SIDE // 4, SIDE - SIDE // 4, SIDE // 2 + shift
+def two_places(relation: str, lines: tuple[int, int], middle: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Centres of two objects in a relation: on two `lines` along its axis, on `middle` across."""
+    near, far = lines
     places = {
         "left of": ((near, middle), (far, middle)),
         "right of": ((far, middle), (near, middle)),

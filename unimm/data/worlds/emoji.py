@@ -15,7 +15,7 @@ from unimm.scorers.glyphs import EmojiCatalog, Glyph
 from unimm.scorers.palette import GROUNDS
 
 SINGLE_SIZE = 96
-PAIR_SIZE = 56
+PAIR_SIZE, PAIR_LINES = 56, (32, 96)
 NUM_GLYPHS = 384
 
 
@@ -74,7 +74,7 @@ class EmojiWorld(World):
         while first == second or is_held_out_pair(first, second) != self.held_out:
             first, second = self._name(rng), self._name(rng)
         relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
-        places = two_places(relation, 0)
+        places = two_places(relation, PAIR_LINES, SIDE // 2)
         objects = tuple(
             SceneObject(name, None, place, PAIR_SIZE) for name, place in zip((first, second), places, strict=True)
         )

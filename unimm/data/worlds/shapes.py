@@ -11,11 +11,10 @@ from unimm.scorers.facts import OPPOSITES, RELATIONS, SceneFacts, SceneObject
 from unimm.scorers.outlines import SHAPES, coverage
 from unimm.scorers.palette import COLOURS
 
-SINGLE_SIZES = (72, 88)
-PAIR_SIZE = 48
-COUNT_SIZE = 36
-COUNT_LINES = (24, 64, 104)  # centres of the 3 x 3 layout that counted objects stand on
-SHIFTS = (-16, 0, 16)
+# Boxes of 5, 3 and 2 cells of 16 pixels with a margin of 2; every box starts at a cell.
+SINGLE_SIZE, SINGLE_LINES = 76, (56, 72)
+PAIR_SIZE, PAIR_LINES, PAIR_MIDDLES = 44, (24, 104), (56, 72)
+COUNT_SIZE, COUNT_LINES = 28, (16, 64, 112)  # centres of the 3 x 3 layout that counted objects stand on
 
 _PAIRS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
 # Twelve of the 64 pairs: at most two of any shape or colour, so every part of a held-out pair is well known.
@@ -47,9 +46,8 @@ class ShapesWorld(World):
 
     def _single(self, rng: np.random.Generator) -> SceneFacts:
         shape, colour = self._pair(rng)
-        size = SINGLE_SIZES[rng.integers(len(SINGLE_SIZES))]
-        x, y = (int(SIDE // 2 + shift) for shift in rng.choice(SHIFTS, size=2))
-        return SceneFacts((SceneObject(shape, colour, (x, y), size),), ground=pick_ground(rng))
+        x, y = (int(line) for line in rng.choice(SINGLE_LINES, size=2))
+        return SceneFacts((SceneObject(shape, colour, (x, y), SINGLE_SIZE),), ground=pick_ground(rng))
 
     def _count(self, rng: np.random.Generator) -> SceneFacts:
         shape, colour = self._pair(rng)
@@ -65,7 +63,7 @@ class ShapesWorld(World):
         while second[0] == first[0] or second[1] == first[1]:
             second = self._pair(rng)
         relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
-        places = two_places(relation, int(rng.choice(SHIFTS)))
+        places = two_places(relation, PAIR_LINES, int(rng.choice(PAIR_MIDDLES)))
         objects = tuple(
             SceneObject(shape, colour, place, PAIR_SIZE)
             for (shape, colour), place in zip((first, second), places, strict=True)
