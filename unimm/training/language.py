@@ -339,6 +339,7 @@ def generation_config(processor: UniMMProcessor, sampling: SamplingConfig) -> Ge
         do_sample=True,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=0,  # transformers would keep the 50 likeliest ids only
         guidance_scale=sampling.guidance_scale,
         max_new_tokens=processor.grammar.longest + WORDS_PER_ANSWER,
         eos_token_id=processor.tokenizer.eos_token_id,
