@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from unimm.data.worlds.base import SIDE, Canvas, Example, World, pick_ground, two_places
+from unimm.data.worlds.base import Canvas, Example, World, pick_ground, two_places
 from unimm.data.worlds.captions import NUMBERS, PLURALS, shape_captions, with_article
 from unimm.scorers.facts import OPPOSITES, RELATIONS, SceneFacts, SceneObject
 from unimm.scorers.outlines import SHAPES, coverage
