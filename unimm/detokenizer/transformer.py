@@ -47,8 +47,8 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         sample_size: side of the picture in pixels.
         patch_size: side of a patch; one patch is one position of the transformer.
         width, depth, num_heads, mlp_ratio: of the transformer.
-        codebook_size: number of visual codes.
-        code_dim: width of a code's embedding.
+        codebook_sizes: number of visual codes of each slot of a position.
+        code_dim: width of the embeddings of a position's codes together, an equal part for each.
         code_grid: codes per side of the picture.
         num_train_timesteps: the scheduler's; a timestep divided by it is the noise level sigma in [0, 1].
 
@@ -68,7 +68,7 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         depth: int = 6,
         num_heads: int = 3,
         mlp_ratio: int = 3,
-        codebook_size: int = 4096,
+        codebook_sizes: tuple[int, ...] = (4096,),
         code_dim: int = 128,
         code_grid: int = 8,
         num_train_timesteps: int = 1000,
@@ -77,7 +77,9 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         _check_sizes(sample_size, patch_size, width, num_heads, code_grid)
         self.rows = sample_size // patch_size
         self.patches_in = nn.Conv2d(3, width, patch_size, stride=patch_size)
-        self.code_embedding = nn.Embedding(codebook_size, code_dim)
+        self.code_embeddings = nn.ModuleList(
+            nn.Embedding(size, code_dim // len(codebook_sizes)) for size in codebook_sizes
+        )
         self.codes_in = nn.Linear(code_dim, width * (self.rows // code_grid) ** 2)
         self.time_features = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIME_CHANNELS, width)
@@ -85,7 +87,6 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(ModulatedBlock(width, num_heads, mlp_ratio) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width)
         self.patches_out = nn.Linear(width, 3 * patch_size**2)
-        nn.init.normal_(self.code_embedding.weight)
         nn.init.zeros_(self.patches_out.weight)
         nn.init.zeros_(self.patches_out.bias)
 
@@ -101,7 +102,7 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         Args:
             hidden_states: noisy pixels `[B, 3, H, W]`.
             timestep: `[B]` in [0, num_train_timesteps].
-            codes: int64 `[B, N]` in raster order.
+            codes: int64 `[B, N, K]` in raster order.
             drop_codes: bool `[B]`, True where the picture must be drawn without its codes.
         """
         time = self.time_embedding(self.time_features(timestep).to(hidden_states.dtype))  # [B, D]
@@ -117,8 +118,9 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=velocity.to(hidden_states.dtype))
 
     def embed_codes(self, codes: torch.Tensor, drop_codes: torch.Tensor | None) -> torch.Tensor:
-        """Codes `[B, N]` spread over the patches that each stands for, `[B, rows * rows, D]`; none where dropped."""
-        embedded = self.code_embedding(codes)  # [B, N, code_dim]
+        """Codes `[B, N, K]` spread over the patches that each stands for, `[B, rows * rows, D]`; none where dropped."""
+        slots = zip(self.code_embeddings, codes.unbind(dim=-1), strict=True)
+        embedded = torch.cat([embedding(slot) for embedding, slot in slots], dim=-1)  # [B, N, code_dim]
         if drop_codes is not None:
             embedded = embedded.masked_fill(drop_codes[:, None, None], 0)
         side = self.config.code_grid

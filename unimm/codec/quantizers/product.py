@@ -1,4 +1,4 @@
-"""Product quantisation: the channels are cut into K parts and each part has a codebook of its own (FQGAN, 2411.16681)."""
+"""Product quantisation: the channels are cut into K parts with a codebook each (FQGAN, 2411.16681)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _UNSEEN_PAIRS = [pair for pair in _PAIRS if pair in HELD_OUT_PAIRS]
 class ShapesWorld(World):
     """`held_out` scenes have a held-out pair as their first object or, in `binding`, as both."""
 
-    categories = ("single", "count", "position", "binding")
+    categories = {"single": 0.2, "count": 0.3, "position": 0.25, "binding": 0.25}
 
     def compose(self, rng: np.random.Generator, category: str) -> Example:
         scene = {"single": self._single, "count": self._count, "position": self._two, "binding": self._two}[category]
