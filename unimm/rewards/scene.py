@@ -8,7 +8,7 @@ from PIL import Image
 
 from unimm.rewards.base import Drawing, Reward
 from unimm.scorers.facts import SceneFacts
-from unimm.scorers.scene import NO_SHAPE, find_objects, match_objects, stands, verify_scene
+from unimm.scorers.scene import NO_SHAPE, find_objects, has_clean_border, match_objects, stands, verify_scene
 
 
 def is_shapes_scene(facts: SceneFacts) -> bool:
@@ -18,10 +18,11 @@ def is_shapes_scene(facts: SceneFacts) -> bool:
 def scene_parts(image: Image.Image, facts: SceneFacts) -> dict[str, float]:
     """Marks in [0, 1] for count, shapes, binding and, where one is stated, the relation.
 
-    Everything is divided by the larger of the found and the wanted number, and blobs count as objects too many, so that
-    neither noise nor a picture full of shapes earns marks.
+    Everything is divided by the larger of the found and the wanted number, blobs count as objects too many, and a
+    picture whose ground is not plain shows nothing, so that neither noise nor a picture full of shapes earns marks.
     """
-    found, wanted = find_objects(image), facts.objects
+    found = find_objects(image) if has_clean_border(image) else []
+    wanted = facts.objects
     blobs = sum(thing.shape == NO_SHAPE for thing in found)
     miscounted = abs(len(found) - blobs - len(wanted)) + blobs
     pairs = match_objects(found, wanted)

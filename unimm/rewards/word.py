@@ -8,6 +8,7 @@ from PIL import Image
 
 from unimm.rewards.base import Drawing, Reward
 from unimm.scorers.facts import SceneFacts
+from unimm.scorers.scene import has_clean_border
 from unimm.scorers.word import ink_colour, read_word, stray_ink
 
 MAX_STRAY = 0.1  # of the ink may lie beside the word; more is spam, which earns nothing
@@ -49,7 +50,10 @@ def _exact(images: Sequence[Image.Image], drawings: Sequence[Drawing]) -> list[f
 
 
 def _ink(images: Sequence[Image.Image], drawings: Sequence[Drawing]) -> list[float]:
-    return [float(ink_colour(image) == drawing.facts.ink) for image, drawing in zip(images, drawings, strict=True)]
+    return [
+        float(has_clean_border(image) and ink_colour(image) == drawing.facts.ink)
+        for image, drawing in zip(images, drawings, strict=True)
+    ]
 
 
 word = Reward("word", 0.0, 1.0, has_word, _similar)

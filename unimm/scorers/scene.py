@@ -22,6 +22,7 @@ from unimm.scorers.palette import nearest_colour, to_lab
 FOREGROUND_DISTANCE = 18.0  # CIE Lab
 MIN_AREA = 60  # pixels
 BORDER = 3
+MAX_BORDER_INK = 0.1
 TEMPLATE_SIDE = 32
 TOLERANCE = 10.0  # pixels of a side by which an object may miss the best outline; a blob that misses more has no shape
 NO_SHAPE = "blob"
@@ -63,6 +64,13 @@ def foreground(image: Image.Image) -> np.ndarray:
     edges = (lab[:BORDER], lab[-BORDER:], lab[:, :BORDER], lab[:, -BORDER:])
     ground = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
     return np.linalg.norm(lab - ground, axis=-1) > FOREGROUND_DISTANCE
+
+
+def has_clean_border(image: Image.Image) -> bool:
+    """Whether the picture stands on a plain ground: at most a tenth of its border differs from the border's median."""
+    border = np.ones((image.height, image.width), dtype=bool)
+    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    return float(foreground(image)[border].mean()) <= MAX_BORDER_INK
 
 
 def find_objects(image: Image.Image) -> list[FoundObject]:
