@@ -157,7 +157,7 @@ def clip(tokenizer):
     eos = (words.eos_token, words.eos_token_id)
     words.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
     words.padding_side = "right"  # as CLIP's own
-    text = {"vocab_size": len(words), "max_position_embeddings": 24, "bos_token_id": None, "eos_token_id": eos[1]}
+    text = {"vocab_size": len(words), "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": eos[1]}
     vision = {"image_size": 32, "patch_size": 16}
     config = CLIPConfig(text_config=sizes | text, vision_config=sizes | vision, projection_dim=16)
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

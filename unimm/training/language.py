@@ -244,17 +244,23 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
         callbacks=[RunCallback(directory, processor, recipe.logging.sample_every)],
         optimizer_config=recipe.optimizer,
     )
+    run_to_end(trainer, directory, processor)
+    return directory
+
+
+def run_to_end(trainer: Trainer, directory: RunDirectory, processor: UniMMProcessor) -> None:
+    """Train from the last whole checkpoint, or from the start, and save model and processor."""
     checkpoint = last_whole_checkpoint(directory.checkpoints)
     if checkpoint and trainer.is_world_process_zero():
         directory.rewind(checkpoint_step(checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
         with atomic_directory(directory.model) as path:
             model.eval().save_pretrained(path)
             processor.save_pretrained(path)
         last = [record for record in directory.metrics() if "loss" in record][-1]
         directory.finish(last)
-    return directory
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
