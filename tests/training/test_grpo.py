@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, Qwen3Config
+from conftest import random_llm
 
 from unimm import UniMMForConditionalGeneration, UniMMProcessor, VisualCodecModel
 from unimm.codec.presets import load_preset
@@ -29,7 +29,6 @@ from unimm.training.policy import SamplingPolicy
 from unimm.training.recipe import train
 from unimm.training.run_directory import RunConfig, RunDirectory
 
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
 PROMPTS = ["a star", "draw a picture of three green circles", ""]
 SAMPLING = {
     "plain": {},
@@ -40,36 +39,11 @@ SAMPLING = {
 }
 
 
-def random_llm(tokenizer):
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), num_attention_heads=1, num_key_value_heads=1, initializer_range=0.3, **SIZES
-    )
-    return AutoModelForCausalLM.from_config(config)
-
-
 @pytest.fixture(scope="module", params=["smallest", "smallest_product"])
 def pair(request, tokenizer):
     """A random model and its processor, of one code and of two codes per position."""
     codec = VisualCodecModel(load_preset(request.param)).eval()
     return UniMMForConditionalGeneration.from_backbones(random_llm(tokenizer), codec, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    """A saved random model whose pictures have the worlds' size."""
-    torch.manual_seed(0)
-    config = load_preset("smallest").__class__(
-        encoder={"kind": "conv", "patch": 32, "channels": [8], "blocks": 1},
-        resampler={"kind": "grid", "dim": 8},
-        quantizer={"kind": "fsq", "levels": [4, 4]},
-        decoder={"kind": "conv", "patch": 32, "channels": [8], "blocks": 1},
-    )
-    codec = VisualCodecModel(config).eval()
-    path = tmp_path_factory.mktemp("grpo") / "model"
-    for part in UniMMForConditionalGeneration.from_backbones(random_llm(tokenizer), codec, tokenizer):
-        part.save_pretrained(path)
-    return path
 
 
 def draw(model, processor, **sampling):
@@ -190,8 +164,8 @@ def curve(directory):
     return [[record.get(name) for name in names] for record in directory.metrics() if "entropy" in record]
 
 
-def test_a_run_trains_resumes_exactly_and_shows_what_it_did(folder, tmp_path):
-    path = grpo_recipe(tmp_path, folder, "first")
+def test_a_run_trains_resumes_exactly_and_shows_what_it_did(worlds_folder, tmp_path):
+    path = grpo_recipe(tmp_path, worlds_folder, "first")
     first = train(path)
     names = {item.name for item in first.root.iterdir()}
     assert {"recipe.yaml", "environment.json", "metrics.jsonl", "plots", "samples", "model", "finished.json"} <= names
@@ -203,7 +177,7 @@ def test_a_run_trains_resumes_exactly_and_shows_what_it_did(folder, tmp_path):
     assert records[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert records[-1]["kl"] > 1e-6
     assert {"rewards/scene/mean", "rewards/word/mean", "group_reward_std"} <= set(records[-1])
-    old, new = (UniMMForConditionalGeneration.from_pretrained(source) for source in (folder, first.model))
+    old, new = (UniMMForConditionalGeneration.from_pretrained(source) for source in (worlds_folder, first.model))
     assert not old.lm_head.weight.equal(new.lm_head.weight)
     assert old.generation_config.temperature == new.generation_config.temperature
     (first.root / "finished.json").unlink()
@@ -211,8 +185,8 @@ def test_a_run_trains_resumes_exactly_and_shows_what_it_did(folder, tmp_path):
     assert curve(train(path)) == before
 
 
-def test_stock_scoring_can_be_compared(folder, tmp_path):
-    directory = train(grpo_recipe(tmp_path, folder, "stock", objective={"score_under_grammar": False}))
+def test_stock_scoring_can_be_compared(worlds_folder, tmp_path):
+    directory = train(grpo_recipe(tmp_path, worlds_folder, "stock", objective={"score_under_grammar": False}))
     assert directory.metrics()[0]["ratio_deviation"] > 0.01
 
 
@@ -223,23 +197,23 @@ def test_stock_scoring_can_be_compared(folder, tmp_path):
         ({"top_p": 0.8}, {"kl": 0.0}),
     ],
 )
-def test_guided_cut_and_repeated_rollouts_train(folder, tmp_path, sampling, objective):
+def test_guided_cut_and_repeated_rollouts_train(worlds_folder, tmp_path, sampling, objective):
     directory = train(
         grpo_recipe(
-            tmp_path, folder, "run", sampling=sampling, objective=objective, optimizer={"steps": 2, "warmup": 0}
+            tmp_path, worlds_folder, "run", sampling=sampling, objective=objective, optimizer={"steps": 2, "warmup": 0}
         )
     )
     assert directory.metrics()[0]["ratio_deviation"] < 1e-3
     assert len(curve(directory)) == 2
 
 
-def test_a_run_that_scores_another_distribution_is_stopped_at_its_first_step(folder, tmp_path):
-    recipe = from_dict(GrpoRecipe, read_yaml(grpo_recipe(tmp_path, folder, "off")))
-    model = UniMMForConditionalGeneration.from_pretrained(folder)
+def test_a_run_that_scores_another_distribution_is_stopped_at_its_first_step(worlds_folder, tmp_path):
+    recipe = from_dict(GrpoRecipe, read_yaml(grpo_recipe(tmp_path, worlds_folder, "off")))
+    model = UniMMForConditionalGeneration.from_pretrained(worlds_folder)
     directory, rewards = RunDirectory(recipe.run), RewardMixture.choose(recipe.rewards, REWARDS)
     trainer = DrawingGRPOTrainer(
         model=model,
-        processor=UniMMProcessor.from_pretrained(folder),
+        processor=UniMMProcessor.from_pretrained(worlds_folder),
         recipe=recipe,
         arguments=grpo_arguments(recipe, directory, rewards, 20),
         prompts=make_prompts(recipe.prompts, 8),
@@ -251,9 +225,9 @@ def test_a_run_that_scores_another_distribution_is_stopped_at_its_first_step(fol
         trainer.train()
 
 
-def test_a_collapsed_run_stops(folder, tmp_path, capsys):
+def test_a_collapsed_run_stops(worlds_folder, tmp_path, capsys):
     guards = {"diversity": 0.0, "entropy": 100.0, "patience": 2}
-    directory = train(grpo_recipe(tmp_path, folder, "collapsed", guards=guards))
+    directory = train(grpo_recipe(tmp_path, worlds_folder, "collapsed", guards=guards))
     assert len(curve(directory)) == 2
     assert "entropy stayed below guards.entropy" in capsys.readouterr().out
     assert directory.finished
@@ -286,9 +260,9 @@ def test_a_guard_forgives_one_good_line(tmp_path):
         ({"reward": {"scene": 1.0}}, "Did you mean 'rewards'"),
     ],
 )
-def test_bad_recipes_are_refused(folder, tmp_path, changes, message):
+def test_bad_recipes_are_refused(worlds_folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        train(grpo_recipe(tmp_path, folder, "bad", **changes))
+        train(grpo_recipe(tmp_path, worlds_folder, "bad", **changes))
 
 
 def test_the_shipped_recipe_parses(request):

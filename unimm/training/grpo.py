@@ -27,6 +27,7 @@ from unimm.data.worlds import WORLDS
 from unimm.rewards import REWARDS, Drawing, Reward, RewardMixture, load_alignment
 from unimm.scorers.facts import SceneFacts
 from unimm.sequence import ImagePart, UniMMProcessor
+from unimm.training.adapter import AdapterConfig, lora_config
 from unimm.training.language import RunCallback, SamplingConfig, run_to_end
 from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
@@ -115,6 +116,7 @@ class GrpoRecipe:
         rewards: names and weights; `alignment` needs `alignment_model`.
         alignment_model: folder or Hub name of a CLIP-like model.
         sampling: of the rollouts.
+        adapter: train a low-rank adapter; without this section all weights are trained.
         bf16: faster, but cached sampling and scoring then differ by more than a thousandth.
     """
 
@@ -130,6 +132,7 @@ class GrpoRecipe:
     guards: GuardConfig = field(default_factory=GuardConfig)
     logging: GrpoLoggingConfig = field(default_factory=GrpoLoggingConfig)
     alignment_model: str | None = None
+    adapter: AdapterConfig | None = None
     bf16: bool = False
 
 
@@ -191,6 +194,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
                 processing_class=processor.tokenizer,
                 callbacks=callbacks,
                 rollout_func=self._roll_out,
+                peft_config=None if recipe.adapter is None else lora_config(model, recipe.adapter),
             )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

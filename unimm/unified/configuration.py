@@ -30,7 +30,7 @@ class UniMMConfig(PreTrainedConfig):
     """
 
     model_type = "unimm"
-    auto_map = None  # TRL asks for it when it loads a reference model; a published model sets its own
+    auto_map = {}  # TRL asks for it when it loads a reference model; a published model sets its own
     sub_configs = {"text_config": AutoConfig, "codec_config": VisualCodecConfig}
 
     text_config: Any = None
