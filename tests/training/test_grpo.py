@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,18 +235,23 @@ def test_a_collapsed_run_stops(worlds_folder, tmp_path, capsys):
     assert (directory.model / "model.safetensors").is_file()
 
 
-def test_a_guard_forgives_one_good_line(tmp_path):
+def test_a_guard_forgives_one_good_line_and_remembers_over_a_restart(tmp_path):
     directory = RunDirectory(RunConfig("run", str(tmp_path)))
     directory.root.mkdir()
-    guard = GuardCallback(directory, GuardConfig(diversity=0.5, entropy=0.0, patience=3))
-    control = type("Control", (), {"should_training_stop": False})()
+    config = GuardConfig(diversity=0.5, entropy=0.0, patience=3)
+    guard, control = GuardCallback(directory, config), SimpleNamespace(should_training_stop=False)
+    guard.on_train_begin(None, None, control)
     for step, diversity in enumerate((0.1, 0.1, 0.9, 0.1, 0.1)):
-        directory.log({"step": step, "diversity": diversity, "entropy": 1.0, "group_reward_std": 1.0})
-        guard.on_log(None, None, control)
+        record = {"step": step, "diversity": diversity, "entropy": 1.0, "group_reward_std": 1.0}
+        directory.log(record)
+        guard.on_log(None, None, control, logs=record)
+    guard.on_log(None, None, control, logs={"train_runtime": 1.0})
     assert guard.tripped is None
-    directory.log({"step": 5, "diversity": 0.1, "entropy": 1.0, "group_reward_std": 1.0})
-    guard.on_log(None, None, control)
-    assert guard.tripped == "diversity"
+    for again in (guard, GuardCallback(directory, config)):
+        if again is not guard:
+            again.on_train_begin(None, None, control)
+        again.on_log(None, None, control, logs=record)
+        assert again.tripped == "diversity"
     assert control.should_training_stop
 
 

@@ -78,6 +78,8 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
     if not files:
         raise ValueError(f"{folder} holds no rows; write them first (the pretrain stage does, or `unimm train`).")
     rows = load_dataset("parquet", data_files=files, split="train", features=FEATURES)
+    if not len(rows):
+        raise ValueError(f"{folder} holds shards without rows; delete it and tokenize with num_rows of 1 or more.")
     found = rows[0]["fingerprint"]
     if found != codec.fingerprint():
         raise ValueError(

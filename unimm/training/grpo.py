@@ -317,7 +317,9 @@ class DrawingGRPOTrainer(GRPOTrainer):
 
 
 class GuardCallback(TrainerCallback):
-    """Stops a run that has collapsed. What it remembers are the logged metrics, so a resumed run stops alike."""
+    """Stops a run that has collapsed. Logged metrics are means over all processes, so all of them stop together; those
+    of before a restart are read back, so a resumed run stops where the whole one would.
+    """
 
     def __init__(self, directory: RunDirectory, guards: GuardConfig) -> None:
         self.directory, self.patience = directory, guards.patience
@@ -326,14 +328,20 @@ class GuardCallback(TrainerCallback):
             "entropy": guards.entropy,
             "group_reward_std": guards.group_reward_std,
         }
+        self.seen: list[dict[str, float]] = []
         self.tripped: str | None = None
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        records = [record for record in self.directory.metrics() if "entropy" in record][-self.patience :]
-        if len(records) < self.patience:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen = [record for record in self.directory.metrics() if self.floors.keys() <= record.keys()]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if not logs or not self.floors.keys() <= logs.keys():
+            return
+        self.seen = [*self.seen, logs][-self.patience :]
+        if len(self.seen) < self.patience:
             return
         for name, floor in self.floors.items():
-            if all(record[name] < floor for record in records):
+            if all(record[name] < floor for record in self.seen):
                 self.tripped = name
                 control.should_training_stop = True
 
@@ -457,6 +465,7 @@ def grpo_arguments(
         max_grad_norm=recipe.optimizer.clip,
         bf16=recipe.bf16,
         logging_steps=recipe.logging.every,
+        logging_nan_inf_filter=False,  # it would hide what RunCallback looks for
         save_steps=recipe.logging.save_every,
         save_total_limit=2,
         report_to="none",

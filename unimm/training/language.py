@@ -299,6 +299,7 @@ def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> Train
         max_grad_norm=recipe.optimizer.clip,
         bf16=recipe.bf16,
         logging_steps=recipe.logging.every,
+        logging_nan_inf_filter=False,  # it would hide what RunCallback looks for
         save_steps=recipe.logging.save_every,
         save_total_limit=2,
         report_to="none",
