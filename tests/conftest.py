@@ -1,5 +1,6 @@
 """One tiny random model, built once per process and shared by all rooms."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -8,6 +9,7 @@ from unimm import UniMMForConditionalGeneration, VisualCodecModel
 from unimm.codec import VisualCodecConfig
 from unimm.codec.presets import load_preset
 from unimm.pipelines import UniMM
+from unimm.rewards import REWARDS, Reward
 from unimm.scorers.glyphs import find_font
 from unimm.sequence import train_text_tokenizer
 
@@ -97,3 +99,13 @@ def worlds_folder(tokenizer, tmp_path_factory):
     for part in UniMMForConditionalGeneration.from_backbones(random_llm(tokenizer), codec, tokenizer):
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+    """A reward that tells even the drawings of a random model apart."""
+
+    def mean(images, drawings):
+        return [float(np.asarray(image).mean() / 255) for image in images]
+
+    monkeypatch.setitem(REWARDS, "brightness", Reward("brightness", 0.0, 1.0, lambda facts: True, mean))

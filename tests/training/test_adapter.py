@@ -86,6 +86,7 @@ def test_sft_of_an_adapter_moves_what_it_should_and_reloads(worlds_folder, tmp_p
     assert [record["loss"] for record in directory.metrics() if "loss" in record] == losses
 
 
+@pytest.mark.usefixtures("brightness")
 def test_grpo_of_an_adapter_moves_what_it_should(worlds_folder, tmp_path):
     recipe = grpo_recipe(
         tmp_path, worlds_folder, "lora", adapter=SMALL, optimizer={"steps": 2, "lr": 1e-2, "warmup": 0}

@@ -31,6 +31,7 @@ from unimm.training.recipe import train
 from unimm.training.run_directory import RunConfig, RunDirectory
 
 PROMPTS = ["a star", "draw a picture of three green circles", ""]
+pytestmark = pytest.mark.usefixtures("brightness")
 SAMPLING = {
     "plain": {},
     "cool": {"temperature": 0.6},
@@ -149,7 +150,7 @@ def grpo_recipe(folder, model, name, **changes):
         "run": {"name": name, "directory": str(folder)},
         "init_from": str(model),
         "prompts": {"categories": {"single": 0.5, "word": 0.5}},
-        "rewards": {"scene": 1.0, "word": 1.0, "ink": 1.0},
+        "rewards": {"scene": 1.0, "word": 1.0, "brightness": 1.0},
         "rollout": {"prompts": 2, "group_size": 4, "micro_batch": 4},
         "guards": {"diversity": 0.0, "entropy": 0.0},
         "optimizer": {"steps": 4, "lr": 1e-2, "warmup": 1},
@@ -177,7 +178,7 @@ def test_a_run_trains_resumes_exactly_and_shows_what_it_did(worlds_folder, tmp_p
     assert records[0]["ratio_deviation"] < 1e-3
     assert records[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert records[-1]["kl"] > 1e-6
-    assert {"rewards/scene/mean", "rewards/word/mean", "group_reward_std"} <= set(records[-1])
+    assert {"rewards/scene/mean", "rewards/brightness/mean", "group_reward_std"} <= set(records[-1])
     old, new = (UniMMForConditionalGeneration.from_pretrained(source) for source in (worlds_folder, first.model))
     assert not old.lm_head.weight.equal(new.lm_head.weight)
     assert old.generation_config.temperature == new.generation_config.temperature
