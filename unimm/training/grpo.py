@@ -495,7 +495,7 @@ def paint(codec: VisualCodecModel, parts: Sequence[Any]) -> list[Image.Image | N
         for start in range(0, len(places), DECODE_BATCH):
             batch = places[start : start + DECODE_BATCH]
             codes = [parts[place].codes for place in batch]
-            grids = None if codes[0].grid is None else [grid for single in codes for grid in single.grid]
+            grids = [grid for single in codes for grid in single.grid or ()] or None
             ids, mask = torch.cat([single.ids for single in codes]), torch.cat([single.mask for single in codes])
             decoded = to_pictures(codec.decode(VisualCodes(ids, mask, grids).to(codec.device)))
             for place, picture in zip(batch, decoded, strict=True):
