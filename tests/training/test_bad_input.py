@@ -51,7 +51,7 @@ def test_an_adapter_of_nothing_is_refused(tmp_path, worlds_folder):
 def test_shards_without_rows_are_refused(codec, tmp_path):
     nothing = Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
     nothing.to_parquet(str(tmp_path / "rows-00000.parquet"))
-    with pytest.raises(ValueError, match="num_rows of 1 or more"):
+    with pytest.raises(ValueError, match="holds no rows"):
         read_rows(tmp_path, codec)
 
 
