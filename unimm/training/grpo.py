@@ -201,7 +201,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
         self.optimizer = build_optimizer(model or self.model, self.recipe.optimizer)
         return self.optimizer
 
-    def _roll_out(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, list]:
+    def _roll_out(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, list | None]:
         """Draw all prompts as one batch. The log-probabilities of the very first drawings are kept for the check."""
         encoded = self.processor.apply_chat_template(
             prompts,
