@@ -1,12 +1,15 @@
 """One tiny random model, built once per process and shared by all rooms."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from unimm import UniMMForConditionalGeneration, VisualCodecModel
+from unimm.codec import VisualCodecConfig
 from unimm.codec.presets import load_preset
 from unimm.pipelines import UniMM
+from unimm.rewards import REWARDS, Reward
 from unimm.scorers.glyphs import find_font
 from unimm.sequence import train_text_tokenizer
 
@@ -63,3 +66,46 @@ def tiny_folder(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def unimm_tiny(tiny):
     return UniMM(*tiny)
+
+
+def random_llm(tokenizer):
+    """A language model of one layer whose logits are far from uniform."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.3,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def worlds_folder(tokenizer, tmp_path_factory):
+    """A saved random model whose pictures have the worlds' size."""
+    torch.manual_seed(0)
+    config = VisualCodecConfig(
+        encoder={"kind": "conv", "patch": 32, "channels": [8], "blocks": 1},
+        resampler={"kind": "grid", "dim": 8},
+        quantizer={"kind": "fsq", "levels": [4, 4]},
+        decoder={"kind": "conv", "patch": 32, "channels": [8], "blocks": 1},
+    )
+    folder = tmp_path_factory.mktemp("worlds") / "model"
+    codec = VisualCodecModel(config).eval()
+    for part in UniMMForConditionalGeneration.from_backbones(random_llm(tokenizer), codec, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+    """A reward that tells even the drawings of a random model apart."""
+
+    def mean(images, drawings):
+        return [float(np.asarray(image).mean() / 255) for image in images]
+
+    monkeypatch.setitem(REWARDS, "brightness", Reward("brightness", 0.0, 1.0, lambda facts: True, mean))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
+from pyarrow.parquet import read_metadata
 from tqdm import tqdm
 
 from unimm.codec import VisualCodecModel
@@ -74,7 +75,7 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
     Raises:
         ValueError: no rows, or rows of another codec.
     """
-    files = sorted(str(path) for path in folder.glob("rows-*.parquet"))
+    files = sorted(str(path) for path in folder.glob("rows-*.parquet") if read_metadata(path).num_rows)
     if not files:
         raise ValueError(f"{folder} holds no rows; write them first (the pretrain stage does, or `unimm train`).")
     rows = load_dataset("parquet", data_files=files, split="train", features=FEATURES)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
-from unimm.scorers.glyphs import EmojiCatalog, Glyph
+from unimm.scorers.glyphs import EmojiCatalog, Glyph, catalog, world_glyphs
 
 SIDE = 32  # at which pictures are compared
+SINGLE_SIZE, PICTURE_SIZE = 96, 128  # of a glyph that stands alone in the emoji world, and of its picture
 
 
 class EmojiJudge:
@@ -33,6 +35,12 @@ class EmojiJudge:
         border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         expected = self.colour + (1 - self.cover) * np.median(border, axis=0)
         return self.names[int(np.square(expected - pixels).sum(axis=(1, 2, 3)).argmin())]
+
+
+@lru_cache(maxsize=1)
+def emoji_judge() -> EmojiJudge:
+    """The judge of single glyphs of the emoji world."""
+    return EmojiJudge(catalog(), world_glyphs(), glyph_size=SINGLE_SIZE, picture_size=PICTURE_SIZE)
 
 
 def _layer(glyph: np.ndarray, picture_size: int) -> np.ndarray:

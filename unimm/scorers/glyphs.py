@@ -25,6 +25,7 @@ SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 VARIATION_SELECTOR = 0xFE0F
 THUMBNAIL = 12  # side at which glyphs are compared
+NUM_GLYPHS = 384  # of the emoji world
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,18 @@ class EmojiCatalog:
         pixels = self.resized(glyph.characters, THUMBNAIL)
         difference = (pixels[..., :3] - pixels[..., 3:]).reshape(-1)
         return difference / max(float(np.linalg.norm(difference)), 1e-9)
+
+
+@lru_cache(maxsize=1)
+def catalog() -> EmojiCatalog:
+    """The catalogue of the installed font, read once."""
+    return EmojiCatalog()
+
+
+@lru_cache(maxsize=1)
+def world_glyphs() -> tuple[Glyph, ...]:
+    """The glyphs of the emoji world; its `held_out` split combines the same ones anew."""
+    return catalog().select(NUM_GLYPHS)
 
 
 def _is_simple(glyph: Glyph) -> bool:

@@ -6,6 +6,7 @@ shape by the overlap of the object's box with each outline.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,13 +15,14 @@ from PIL import Image
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from unimm.scorers.facts import RELATIONS, SceneFacts
+from unimm.scorers.facts import RELATIONS, SceneFacts, SceneObject
 from unimm.scorers.outlines import SHAPES, coverage
 from unimm.scorers.palette import nearest_colour, to_lab
 
 FOREGROUND_DISTANCE = 18.0  # CIE Lab
 MIN_AREA = 60  # pixels
 BORDER = 3
+MAX_BORDER_INK = 0.1
 TEMPLATE_SIDE = 32
 TOLERANCE = 10.0  # pixels of a side by which an object may miss the best outline; a blob that misses more has no shape
 NO_SHAPE = "blob"
@@ -64,6 +66,13 @@ def foreground(image: Image.Image) -> np.ndarray:
     return np.linalg.norm(lab - ground, axis=-1) > FOREGROUND_DISTANCE
 
 
+def has_clean_border(image: Image.Image) -> bool:
+    """Whether the picture stands on a plain ground: at most a tenth of its border differs from the border's median."""
+    border = np.ones((image.height, image.width), dtype=bool)
+    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    return float(foreground(image)[border].mean()) <= MAX_BORDER_INK
+
+
 def find_objects(image: Image.Image) -> list[FoundObject]:
     """Every object of at least 60 pixels."""
     pixels = np.asarray(image.convert("RGB"))
@@ -83,20 +92,30 @@ def find_objects(image: Image.Image) -> list[FoundObject]:
 def verify_scene(image: Image.Image, facts: SceneFacts) -> SceneVerdict:
     """Compare a picture with the facts of a shapes scene."""
     found, wanted = find_objects(image), facts.objects
-    # Best assignment, a wrong shape costing more than a wrong colour, so that "red cube, blue ball" is not met by the
-    # swap.
-    cost = np.array([[2 * (w.name != f.shape) + (w.colour != f.colour) for f in found] for w in wanted])
     if len(found) < len(wanted):
         return SceneVerdict(False, False, False, False)
-    rows, columns = linear_sum_assignment(cost)
+    pairs = match_objects(found, wanted)
     same_number = len(found) == len(wanted)
     shapes = same_number and sorted(f.shape for f in found) == sorted(w.name for w in wanted)
-    binding = same_number and int(cost[rows, columns].sum()) == 0
+    binding = same_number and all(f.shape == w.name and f.colour == w.colour for w, f in pairs)
     relation = True
     if facts.relation:
-        one, other = found[columns[0]], found[columns[1]]
-        relation = stands(one.centre, other.centre, facts.relation) and int(cost[rows, columns].max()) < 2
+        (_, one), (_, other) = pairs
+        right = all(f.shape == w.name for w, f in pairs)
+        relation = stands(one.centre, other.centre, facts.relation) and right
     return SceneVerdict(same_number, shapes, binding, relation)
+
+
+def match_objects(found: Sequence[FoundObject], wanted: Sequence[SceneObject]) -> list[tuple[SceneObject, FoundObject]]:
+    """The best one-to-one assignment, in the order of `wanted`; what finds no partner is left out.
+
+    A wrong shape costs more than a wrong colour, so that "red cube, blue ball" is not met by the swap.
+    """
+    if not found or not wanted:
+        return []
+    cost = np.array([[2 * (w.name != f.shape) + (w.colour != f.colour) for f in found] for w in wanted])
+    rows, columns = linear_sum_assignment(cost)
+    return [(wanted[row], found[column]) for row, column in zip(rows, columns, strict=True)]
 
 
 def stands(one: tuple[float, float], other: tuple[float, float], relation: str) -> bool:

@@ -6,8 +6,10 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from unimm.scorers.letters import CELL_HEIGHT, CELL_WIDTH, LETTERS, letter_coverage
+from unimm.scorers.palette import nearest_colour
 from unimm.scorers.scene import foreground
 
 MAX_LETTERS = 4
@@ -23,6 +25,24 @@ def read_word(image: Image.Image) -> str | None:
     ink = foreground(image).astype(np.float32)
     best = max((_read(ink, number) for number in range(1, MAX_LETTERS + 1)), key=lambda reading: reading[1])
     return best[0] if best[1] >= MIN_OVERLAP else None
+
+
+def stray_ink(image: Image.Image, letters: int) -> float:
+    """The share of a picture's ink outside the cells of a word of so many letters; 0 where there is no ink."""
+    ink = foreground(image)
+    height, width = ink.shape
+    left, top = (width - CELL_WIDTH * letters) // 2, (height - CELL_HEIGHT) // 2
+    inside = int(ink[top : top + CELL_HEIGHT, left : left + CELL_WIDTH * letters].sum())
+    return 1 - inside / max(int(ink.sum()), 1) if ink.any() else 0.0
+
+
+def ink_colour(image: Image.Image) -> str | None:
+    """The palette's name of the ink's median colour; None for an empty picture."""
+    ink = foreground(image)
+    inner = ndimage.binary_erosion(ink)
+    if not ink.any():
+        return None
+    return nearest_colour(np.median(np.asarray(image.convert("RGB"))[inner if inner.any() else ink], axis=0))
 
 
 def _read(ink: np.ndarray, number: int) -> tuple[str, float]:

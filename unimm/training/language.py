@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from transformers import (
     CONFIG_MAPPING,
     GenerationConfig,
@@ -28,6 +29,7 @@ from unimm.data.pictures import to_pictures
 from unimm.data.rows import read_rows, row_codes, write_rows
 from unimm.files import atomic_directory
 from unimm.sequence import UniMMProcessor, train_text_tokenizer
+from unimm.training.adapter import AdapterConfig, lora_config, merge_adapter
 from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import contact_sheet, plot_metrics
@@ -93,6 +95,7 @@ class LanguageRecipe:
         codec: a saved codec (pretrain).
         model: the text model to begin (pretrain).
         init_from: a saved unified model to go on from (sft).
+        adapter: train a low-rank adapter of the model in `init_from`; without this section all weights are trained.
         answers_only: learn the assistant's turns only.
         batch_size: conversations per step and process.
     """
@@ -104,6 +107,7 @@ class LanguageRecipe:
     batch_size: int = 64
     codec: str | None = None
     init_from: str | None = None
+    adapter: AdapterConfig | None = None
     model: TextModelConfig = field(default_factory=TextModelConfig)
     tasks: TaskRates = field(default_factory=TaskRates)
     answers_only: bool = False
@@ -236,25 +240,37 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
     rows = read_rows(Path(recipe.data.folder), model.codec)
     arguments = training_arguments(recipe, directory)
     length = recipe.optimizer.steps * recipe.batch_size * arguments.world_size
+    adapted = model if recipe.adapter is None else get_peft_model(model, lora_config(model, recipe.adapter))
     trainer = LanguageTrainer(
-        model=model,
+        model=adapted,
         args=arguments,
         train_dataset=ConversationDataset(rows, processor, recipe, length),
         data_collator=PadRight(processor.vocabulary.pad_token_id),
         callbacks=[RunCallback(directory, processor, recipe.logging.sample_every)],
         optimizer_config=recipe.optimizer,
     )
+    run_to_end(trainer, directory, processor)
+    return directory
+
+
+def run_to_end(trainer: Trainer, directory: RunDirectory, processor: UniMMProcessor) -> None:
+    """Train from the last whole checkpoint, or from the start, and save model and processor.
+
+    An adapter is saved by itself under `adapter/`, and merged under `model/`.
+    """
     checkpoint = last_whole_checkpoint(directory.checkpoints)
     if checkpoint and trainer.is_world_process_zero():
         directory.rewind(checkpoint_step(checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if isinstance(model, PeftModel):
+            model.save_pretrained(directory.root / "adapter")
         with atomic_directory(directory.model) as path:
-            model.eval().save_pretrained(path)
+            merge_adapter(model).eval().save_pretrained(path)
             processor.save_pretrained(path)
         last = [record for record in directory.metrics() if "loss" in record][-1]
         directory.finish(last)
-    return directory
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -283,6 +299,7 @@ def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> Train
         max_grad_norm=recipe.optimizer.clip,
         bf16=recipe.bf16,
         logging_steps=recipe.logging.every,
+        logging_nan_inf_filter=False,  # it would hide what RunCallback looks for
         save_steps=recipe.logging.save_every,
         save_total_limit=2,
         report_to="none",
@@ -298,6 +315,8 @@ def begin_model(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, 
     """A text model from nothing around a trained codec, with a vocabulary learned from the rows' words."""
     if recipe.codec is None:
         raise ValueError("The recipe names neither codec nor init_from; name the saved codec to begin a model with.")
+    if recipe.adapter is not None:
+        raise ValueError("An adapter needs a trained model; name one in init_from, or leave the adapter section out.")
     codec = VisualCodecModel.from_pretrained(recipe.codec)
     data = recipe.data
     with PartialState(cpu=ON_CPU).local_main_process_first():

@@ -9,6 +9,7 @@ from typing import Any
 from unimm.config import from_dict, read_yaml, set_by_path
 from unimm.training.codec import CodecRecipe, train_codec
 from unimm.training.detokenizer import DetokenizerRecipe, train_detokenizer
+from unimm.training.grpo import GrpoRecipe, train_grpo
 from unimm.training.language import LanguageRecipe, train_language
 from unimm.training.run_directory import RunDirectory
 
@@ -17,6 +18,7 @@ STAGES: dict[str, tuple[type, Callable[[Any], RunDirectory]]] = {
     "detokenizer": (DetokenizerRecipe, train_detokenizer),
     "pretrain": (LanguageRecipe, train_language),
     "sft": (LanguageRecipe, train_language),
+    "grpo": (GrpoRecipe, train_grpo),
 }
 
 

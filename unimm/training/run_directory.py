@@ -17,7 +17,18 @@ import yaml
 from unimm.config import to_dict
 from unimm.files import atomic_write
 
-PACKAGES = ("unimm", "torch", "transformers", "diffusers", "accelerate", "datasets", "tokenizers", "numpy")
+PACKAGES = (
+    "unimm",
+    "torch",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "trl",
+    "peft",
+    "numpy",
+)
 KEPT_CHECKPOINTS = 2
 
 

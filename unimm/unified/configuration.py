@@ -30,6 +30,7 @@ class UniMMConfig(PreTrainedConfig):
     """
 
     model_type = "unimm"
+    auto_map = {}  # TRL asks for it when it loads a reference model; a published model sets its own
     sub_configs = {"text_config": AutoConfig, "codec_config": VisualCodecConfig}
 
     text_config: Any = None
@@ -62,7 +63,12 @@ class UniMMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_vocabulary(self) -> None:
-        """Check that the text model has exactly the rows that the vocabulary needs."""
+        """Check that the text model has exactly the rows that the vocabulary needs, and the head its own."""
+        if self.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings is True; the head has rows of its own. Leave it False, and begin with a tied "
+                "language model through UniMMForConditionalGeneration.from_backbones, which unties it."
+            )
         rows = self.vocabulary.size
         if self.text_config.vocab_size != rows:
             raise ValueError(

@@ -10,24 +10,14 @@ from PIL import Image
 
 from unimm.data.worlds.base import SIDE, Canvas, Example, World, two_places
 from unimm.data.worlds.captions import emoji_captions
+from unimm.scorers.emoji import SINGLE_SIZE
 from unimm.scorers.facts import RELATIONS, SceneFacts, SceneObject
-from unimm.scorers.glyphs import EmojiCatalog, Glyph
+from unimm.scorers.glyphs import NUM_GLYPHS, Glyph, catalog, world_glyphs
 from unimm.scorers.palette import GROUNDS
 
-SINGLE_SIZE = 96
+__all__ = ["NUM_GLYPHS", "SINGLE_SIZE", "EmojiWorld", "catalog", "world_glyphs"]
+
 PAIR_SIZE, PAIR_LINES = 56, (32, 96)
-NUM_GLYPHS = 384
-
-
-@lru_cache(maxsize=1)
-def catalog() -> EmojiCatalog:
-    return EmojiCatalog()
-
-
-@lru_cache(maxsize=1)
-def world_glyphs() -> tuple[Glyph, ...]:
-    """The glyphs of this world; `held_out` combines the same ones anew."""
-    return catalog().select(NUM_GLYPHS)
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,91 @@
+"""What would waste hours is refused at once, with the way out."""
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from unimm import UniMMForConditionalGeneration, UniMMProcessor
+from unimm.data.rows import FEATURES, read_rows, write_rows
+from unimm.sequence import train_text_tokenizer
+from unimm.training.recipe import train
+from unimm.unified import UniMMConfig
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(worlds_folder, tmp_path):
+    model = UniMMForConditionalGeneration.from_pretrained(worlds_folder)
+    write_rows(model.codec, {"shapes": 1.0}, num_rows=4, seed=0, folder=tmp_path / "rows")
+    model.lm_head.weight.data.fill_(float("nan"))
+    for part in (model, UniMMProcessor.from_pretrained(worlds_folder)):
+        part.save_pretrained(tmp_path / "broken")
+    recipe = {
+        "task": "sft",
+        "run": {"name": "run", "directory": str(tmp_path)},
+        "init_from": str(tmp_path / "broken"),
+        "data": {"worlds": {"shapes": 1.0}, "folder": str(tmp_path / "rows"), "num_rows": 4},
+        "batch_size": 2,
+        "optimizer": {"steps": 2, "warmup": 0},
+        "logging": {"every": 1, "sample_every": 9, "save_every": 9},
+        "bf16": False,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="not finite at step 1; lower"):
+        train(tmp_path / "run.yaml")
+
+
+def test_an_adapter_of_nothing_is_refused(tmp_path, worlds_folder):
+    recipe = {
+        "task": "pretrain",
+        "run": {"name": "run", "directory": str(tmp_path)},
+        "codec": str(worlds_folder),
+        "adapter": {"rank": 2},
+        "data": {"worlds": {"shapes": 1.0}},
+        "optimizer": {"steps": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="name one in init_from"):
+        train(tmp_path / "run.yaml")
+
+
+def test_shards_without_rows_are_refused(codec, tmp_path):
+    nothing = Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+    nothing.to_parquet(str(tmp_path / "rows-00000.parquet"))
+    with pytest.raises(ValueError, match="holds no rows"):
+        read_rows(tmp_path, codec)
+
+
+def test_a_chat_template_without_answer_marks_is_refused(tiny):
+    processor = UniMMProcessor(
+        tiny[1].image_processor,
+        tiny[1].tokenizer,
+        grids=[[2, 2]],
+        codebook_sizes=tiny[1].codebook_sizes,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    with pytest.raises(ValueError, match="generation"):
+        processor.encode_messages(messages, [], answers_only=True)
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tiny):
+    tokenizer = train_text_tokenizer(["a red heart"] * 5, vocab_size=300, max_length=64)
+    with pytest.raises(ValueError, match="pass text_rows of at least that many"):
+        UniMMProcessor.from_tokenizer(
+            tokenizer, tiny[1].image_processor, grids=[(2, 2)], codebook_sizes=(4,), downsample=16, text_rows=20
+        )
+
+
+def test_tied_embeddings_are_refused_in_a_config_and_untied_from_a_backbone(tiny, codec, tokenizer):
+    with pytest.raises(ValueError, match="from_backbones, which unties it"):
+        UniMMConfig(**(tiny[0].config.to_dict() | {"tie_word_embeddings": True}))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True, **sizes
+    )
+    tied = AutoModelForCausalLM.from_config(config)
+    model, _ = UniMMForConditionalGeneration.from_backbones(tied, codec, tokenizer)
+    text = slice(0, len(tokenizer))
+    assert model.lm_head.weight[text].equal(model.get_input_embeddings().weight[text])
+    assert model.lm_head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)

@@ -1,0 +1,503 @@
+"""Reinforcement learning on drawings with TRL's GRPO (2402.03300), scored under the distribution that was sampled from.
+
+Prompts come from the training split of the rendered worlds, rollouts are pictures that the codec's own decoder paints,
+rewards are functions of `unimm.rewards`. Each reward is normalised within its group before they are summed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from unimm.codec import VisualCodecModel
+from unimm.codes import VisualCodes
+from unimm.data.conversations import drawing_request
+from unimm.data.pictures import to_pictures
+from unimm.data.worlds import WORLDS
+from unimm.rewards import REWARDS, Drawing, Reward, RewardMixture, load_alignment
+from unimm.scorers.facts import SceneFacts
+from unimm.sequence import ImagePart, UniMMProcessor
+from unimm.training.adapter import AdapterConfig, lora_config
+from unimm.training.language import RunCallback, SamplingConfig, run_to_end
+from unimm.training.loop import ON_CPU
+from unimm.training.optimizer import OptimizerConfig, build_optimizer
+from unimm.training.plots import plot_metrics
+from unimm.training.policy import SamplingPolicy
+from unimm.training.run_directory import RunConfig, RunDirectory
+from unimm.unified import UniMMForConditionalGeneration
+
+DECODE_BATCH = 64
+LOGGED = ("reward", "entropy", "kl", "diversity", "group_reward_std", "ratio_deviation", "step_time")
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """What is asked for: categories of the worlds, with their shares, from the training split."""
+
+    categories: dict[str, float]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Drawings of one step and process.
+
+    Args:
+        prompts: different ones.
+        group_size: drawings of each.
+        micro_batch: drawings per forward and backward pass; it divides prompts times group size.
+    """
+
+    prompts: int = 16
+    group_size: int = 8
+    micro_batch: int = 32
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is optimised.
+
+    Args:
+        kl: weight of the divergence from the model that the run began with; 0 spares its forward pass.
+        clip: how far a probability ratio counts.
+        updates: optimiser steps on the same rollouts.
+        score_under_grammar: False scores the full softmax, as TRL does; for comparison only.
+        ratio_tolerance: largest deviation from 1 of a ratio at the first step.
+    """
+
+    kl: float = 0.01
+    clip: float = 0.2
+    updates: int = 1
+    score_under_grammar: bool = True
+    ratio_tolerance: float = 1e-3
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Floors below which the policy has collapsed; a run that stays below one for `patience` log lines stops.
+
+    Args:
+        diversity: share of codes in which two drawings of a group differ.
+        entropy: nats per sampled id.
+        group_reward_std: mean deviation of the weighted reward within a group.
+    """
+
+    diversity: float = 0.02
+    entropy: float = 0.01
+    group_reward_std: float = 0.0
+    patience: int = 10
+
+
+@dataclass(frozen=True)
+class GrpoLoggingConfig:
+    """Steps between log lines, between sample sheets, and between checkpoints."""
+
+    every: int = 1
+    sample_every: int = 20
+    save_every: int = 20
+
+
+@dataclass(frozen=True)
+class GrpoRecipe:
+    """A recipe with `task: grpo`.
+
+    Args:
+        init_from: the saved model that the run begins with, which is also the reference of the divergence.
+        rewards: names and weights; `alignment` needs `alignment_model`.
+        alignment_model: folder or Hub name of a CLIP-like model.
+        sampling: of the rollouts.
+        adapter: train a low-rank adapter; without this section all weights are trained.
+        bf16: faster, but cached sampling and scoring then differ by more than a thousandth.
+    """
+
+    task: str
+    run: RunConfig
+    init_from: str
+    prompts: PromptsConfig
+    rewards: dict[str, float]
+    optimizer: OptimizerConfig
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    logging: GrpoLoggingConfig = field(default_factory=GrpoLoggingConfig)
+    alignment_model: str | None = None
+    adapter: AdapterConfig | None = None
+    bf16: bool = False
+
+
+class PictureReward:
+    """A reward in the form that TRL calls: columns of the batch in, numbers out."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.__name__ = reward.name
+
+    def __call__(
+        self,
+        prompts: Sequence[list[dict[str, str]]],
+        completions: Sequence[Any],
+        *,
+        picture: Sequence[Image.Image | None],
+        facts: Sequence[str],
+        **_: Any,
+    ) -> list[float | None]:
+        """One number per drawing; None where the reward does not apply."""
+        return self.reward(
+            [
+                Drawing(image, prompt[-1]["content"], SceneFacts.from_json(text))
+                for image, prompt, text in zip(picture, prompts, facts, strict=True)
+            ]
+        )
+
+
+class DrawingGRPOTrainer(GRPOTrainer):
+    """GRPO whose rollouts are pictures and whose log-probabilities are those of the sampling distribution."""
+
+    def __init__(
+        self,
+        *,
+        model: UniMMForConditionalGeneration,
+        processor: UniMMProcessor,
+        recipe: GrpoRecipe,
+        arguments: GRPOConfig,
+        prompts: Dataset,
+        rewards: RewardMixture,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.processor, self.recipe = processor, recipe
+        self.policy = SamplingPolicy(
+            model.config.grammar,
+            tuple(model.config.null_prompt_ids or ()),
+            temperature=recipe.sampling.temperature,
+            top_p=recipe.sampling.top_p,
+            guidance_scale=recipe.sampling.guidance_scale,
+        )
+        self._scored: torch.Tensor | None = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*'rollout_func'.*experimental")
+            super().__init__(
+                model=model,
+                reward_funcs=[PictureReward(reward) for reward in rewards.rewards.values()],
+                args=arguments,
+                train_dataset=prompts,
+                processing_class=processor.tokenizer,
+                callbacks=callbacks,
+                rollout_func=self._roll_out,
+                peft_config=None if recipe.adapter is None else lora_config(model, recipe.adapter),
+            )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        self.optimizer = build_optimizer(model or self.model, self.recipe.optimizer)
+        return self.optimizer
+
+    def _roll_out(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, list | None]:
+        """Draw all prompts as one batch. The log-probabilities of the very first drawings are kept for the check."""
+        encoded = self.processor.apply_chat_template(
+            prompts,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True},
+        ).to(self.accelerator.device)
+        grammar, sampling = self.policy.grammar, self.recipe.sampling
+        opening, end = grammar.vocabulary.boi_token_id, grammar.vocabulary.eoi_token_id
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, torch.no_grad():
+            training = model.training
+            model.eval()
+            output = model.generate(
+                **encoded,
+                generation_mode="image",
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=0,
+                guidance_scale=sampling.guidance_scale,
+                max_new_tokens=grammar.longest,
+                return_dict_in_generate=True,
+                output_scores=self._step == 0,
+            )
+            model.train(training)
+        drawn = output.sequences[:, encoded["input_ids"].shape[1] + 1 :]
+        lengths = ((drawn == end).int().argmax(dim=1) + 1).tolist()
+        completions = [row[:length] for row, length in zip(drawn.tolist(), lengths, strict=True)]
+        asked = [
+            [*ids[mask.bool()].tolist(), opening]
+            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+        ]
+        log_probs = None
+        if output.scores is not None:
+            steps = [scores.float().log_softmax(dim=1) for scores in output.scores]
+            taken = torch.stack([s.gather(1, drawn[:, i, None])[:, 0] for i, s in enumerate(steps)], dim=1)
+            log_probs = [row[:length] for row, length in zip(taken.tolist(), lengths, strict=True)]
+        self._log_metric("diversity", group_diversity(drawn[:, :-1], self.num_generations))
+        parts = [self.processor.parse([opening, *row])[0] for row in completions]
+        return {
+            "prompt_ids": asked,
+            "completion_ids": completions,
+            "logprobs": log_probs,
+            "picture": paint(self.accelerator.unwrap_model(self.model).codec, parts),
+        }
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **pictures: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if not self.recipe.objective.score_under_grammar:
+            stock = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss
+            )
+            self._scored = stock[0].detach()
+            return stock
+        batches = zip(
+            input_ids.split(batch_size or len(input_ids)),
+            attention_mask.split(batch_size or len(input_ids)),
+            strict=True,
+        )
+        with self.accelerator.autocast():
+            scores = [self.policy.score(model, ids, mask, logits_to_keep) for ids, mask in batches]
+        log_probs = torch.cat([score.log_probs for score in scores])
+        self._scored = log_probs.detach()
+        return log_probs, torch.cat([score.entropies for score in scores]) if compute_entropy else None, None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs)
+        recorded = inputs.get("sampling_per_token_logps")
+        if recorded is not None and self._step < self.args.gradient_accumulation_steps:
+            assert self._scored is not None
+            ratios = ((self._scored - recorded) * inputs["completion_mask"]).exp()
+            self._check_ratio(float((ratios - 1).abs().max()))
+        return loss
+
+    def _check_ratio(self, deviation: float) -> None:
+        """Before the first update the policy is the one that was sampled from.
+
+        Raises:
+            ValueError: its log-probabilities are not those of the sampling.
+        """
+        objective = self.recipe.objective
+        self._metrics["train"]["ratio_deviation"].append(deviation)
+        if objective.score_under_grammar and not deviation <= objective.ratio_tolerance:
+            raise ValueError(
+                f"At the first step importance ratios deviate from 1 by {deviation:.2e}, more than "
+                f"objective.ratio_tolerance = {objective.ratio_tolerance:.0e}: rollouts are scored under another "
+                "distribution than they were sampled from. Set bf16: false, or allow more where that is the precision."
+            )
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)  # [B, rewards], of all processes
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        spread = weighted.view(-1, self.num_generations).std(dim=1)
+        self._metrics["train"]["group_reward_std"].append(float(spread.mean()))
+        return rewards
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        metrics = self._metrics["train"]
+        for name in [n for n in metrics if n not in LOGGED and not (n.startswith("rewards/") and n.endswith("/mean"))]:
+            del metrics[name]
+        super().log(logs, start_time)
+
+
+class GuardCallback(TrainerCallback):
+    """Stops a run that has collapsed. Logged metrics are means over all processes, so all of them stop together; those
+    of before a restart are read back, so a resumed run stops where the whole one would.
+    """
+
+    def __init__(self, directory: RunDirectory, guards: GuardConfig) -> None:
+        self.directory, self.patience = directory, guards.patience
+        self.floors = {
+            "diversity": guards.diversity,
+            "entropy": guards.entropy,
+            "group_reward_std": guards.group_reward_std,
+        }
+        self.seen: list[dict[str, float]] = []
+        self.tripped: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen = [record for record in self.directory.metrics() if self.floors.keys() <= record.keys()]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if not logs or not self.floors.keys() <= logs.keys():
+            return
+        self.seen = [*self.seen, logs][-self.patience :]
+        if len(self.seen) < self.patience:
+            return
+        for name, floor in self.floors.items():
+            if all(record[name] < floor for record in self.seen):
+                self.tripped = name
+                control.should_training_stop = True
+
+
+def train_grpo(recipe: GrpoRecipe) -> RunDirectory:
+    """Run a `grpo` recipe and save model and processor under `model/` of the run directory.
+
+    Raises:
+        ValueError: a recipe whose numbers do not fit, unknown categories or rewards, or a first step that is
+            off-policy.
+    """
+    check_recipe(recipe)
+    set_seed(recipe.run.seed)
+    directory = RunDirectory(recipe.run)
+    directory.start(recipe)
+    rewards = choose_rewards(recipe)
+    model = UniMMForConditionalGeneration.from_pretrained(recipe.init_from, dtype=torch.float32)
+    processor = UniMMProcessor.from_pretrained(recipe.init_from)
+    arguments = grpo_arguments(recipe, directory, rewards, processor.grammar.longest)
+    rounds = -(-recipe.optimizer.steps // recipe.objective.updates)
+    guard = GuardCallback(directory, recipe.guards)
+    trainer = DrawingGRPOTrainer(
+        model=model,
+        processor=processor,
+        recipe=recipe,
+        arguments=arguments,
+        prompts=make_prompts(recipe.prompts, rounds * recipe.rollout.prompts * arguments.world_size),
+        rewards=rewards,
+        callbacks=[RunCallback(directory, processor, recipe.logging.sample_every), guard],
+    )
+    run_to_end(trainer, directory, processor)
+    if guard.tripped and trainer.is_world_process_zero():
+        plot_metrics(directory.metrics(), directory.plots / "metrics.png")
+        print(f"Stopped at step {trainer.state.global_step}: {guard.tripped} stayed below guards.{guard.tripped}.")
+    return directory
+
+
+def check_recipe(recipe: GrpoRecipe) -> None:
+    """Refuse numbers that do not fit before a model is loaded.
+
+    Raises:
+        ValueError: what does not fit and what would.
+    """
+    rollout, objective, sampling = recipe.rollout, recipe.objective, recipe.sampling
+    drawings = rollout.prompts * rollout.group_size
+    if rollout.group_size < 2 or drawings % rollout.micro_batch:
+        raise ValueError(
+            f"rollout.group_size is {rollout.group_size} and rollout.micro_batch {rollout.micro_batch}; groups need 2 "
+            f"drawings or more, and the micro batch must divide {rollout.prompts} x {rollout.group_size} = {drawings}."
+        )
+    if sampling.top_p < 1 and (objective.kl or objective.updates > 1):
+        raise ValueError(
+            f"sampling.top_p is {sampling.top_p}, and two models keep different nuclei, between which neither a "
+            "divergence nor a ratio exists; set top_p: 1, or objective.kl: 0 and objective.updates: 1."
+        )
+
+
+def choose_rewards(recipe: GrpoRecipe) -> RewardMixture:
+    """The rewards of a recipe.
+
+    Raises:
+        ValueError: an unknown name, or no positive weight.
+    """
+    known = dict(REWARDS)
+    if recipe.alignment_model is not None:
+        known["alignment"] = load_alignment(recipe.alignment_model)
+    return RewardMixture.choose(recipe.rewards, known)
+
+
+def make_prompts(config: PromptsConfig, number: int) -> Dataset:
+    """Requests and the facts of what they ask for; item i is a pure function of the seed and i.
+
+    Raises:
+        ValueError: no weight, or an unknown category.
+    """
+    homes = {category: world for world, kind in WORLDS.items() for category in kind.categories}
+    unknown = [name for name in config.categories if name not in homes]
+    if unknown or not config.categories or sum(config.categories.values()) <= 0:
+        raise ValueError(
+            f"prompts.categories are {config.categories}; give positive weights to some of {', '.join(homes)}."
+        )
+    names = list(config.categories)
+    shares = np.array(list(config.categories.values())) / sum(config.categories.values())
+    worlds = {home: WORLDS[home](split="train", seed=config.seed) for home in {homes[name] for name in names}}
+    rows = []
+    for index in range(number):
+        rng = np.random.default_rng([config.seed, 2, index])
+        category = names[rng.choice(len(names), p=shares)]
+        example = worlds[homes[category]].example(index, category=category)
+        caption = example.captions[rng.integers(len(example.captions))]
+        prompt = [{"role": "user", "content": drawing_request(caption, rng)}]
+        rows.append({"prompt": prompt, "facts": example.facts.to_json()})
+    return Dataset.from_list(rows)
+
+
+def grpo_arguments(
+    recipe: GrpoRecipe, directory: RunDirectory, rewards: RewardMixture, completion_length: int
+) -> GRPOConfig:
+    """TRL's arguments; one optimiser step sees all drawings of its rollouts."""
+    rollout, objective = recipe.rollout, recipe.objective
+    return GRPOConfig(
+        output_dir=str(directory.checkpoints),
+        max_steps=recipe.optimizer.steps,
+        per_device_train_batch_size=rollout.micro_batch,
+        gradient_accumulation_steps=rollout.prompts * rollout.group_size // rollout.micro_batch,
+        num_generations=rollout.group_size,
+        num_iterations=objective.updates,
+        max_completion_length=completion_length,
+        temperature=recipe.sampling.temperature,
+        top_p=recipe.sampling.top_p,
+        beta=objective.kl,
+        epsilon=objective.clip,
+        loss_type="grpo",
+        multi_objective_aggregation="normalize_then_sum",
+        reward_weights=list(rewards.weights.values()),
+        disable_dropout=True,
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        warmup_steps=recipe.optimizer.warmup,
+        lr_scheduler_type="cosine",
+        max_grad_norm=recipe.optimizer.clip,
+        bf16=recipe.bf16,
+        logging_steps=recipe.logging.every,
+        logging_nan_inf_filter=False,  # it would hide what RunCallback looks for
+        save_steps=recipe.logging.save_every,
+        save_total_limit=2,
+        report_to="none",
+        seed=recipe.run.seed,
+        remove_unused_columns=False,
+        use_cpu=ON_CPU,
+    )
+
+
+def group_diversity(drawn: torch.Tensor, group_size: int) -> float:
+    """Share of ids `[P G, C]` in which two different drawings of the same prompt differ, in [0, 1]."""
+    groups = drawn.view(-1, group_size, drawn.shape[1])
+    differ = (groups[:, :, None] != groups[:, None]).float().mean(dim=-1)  # [P, G, G], 0 on the diagonal
+    return float(differ.sum(dim=(1, 2)).mean()) / (group_size * (group_size - 1))
+
+
+@torch.no_grad()
+def paint(codec: VisualCodecModel, parts: Sequence[Any]) -> list[Image.Image | None]:
+    """Pictures by the codec's decoder, those of one grid together; None where a part is no whole picture."""
+    pictures: list[Image.Image | None] = [None] * len(parts)
+    whole = [place for place, part in enumerate(parts) if isinstance(part, ImagePart) and part.complete]
+    by_grid: dict[Any, list[int]] = {}
+    for place in whole:
+        codes = parts[place].codes
+        by_grid.setdefault((codes.ids.shape[1], tuple(codes.grid or ())), []).append(place)
+    for places in by_grid.values():
+        for start in range(0, len(places), DECODE_BATCH):
+            batch = places[start : start + DECODE_BATCH]
+            codes = [parts[place].codes for place in batch]
+            grids = [grid for single in codes for grid in single.grid or ()] or None
+            ids, mask = torch.cat([single.ids for single in codes]), torch.cat([single.mask for single in codes])
+            decoded = to_pictures(codec.decode(VisualCodes(ids, mask, grids).to(codec.device)))
+            for place, picture in zip(batch, decoded, strict=True):
+                pictures[place] = picture
+    return pictures

@@ -1,0 +1,102 @@
+"""The distribution that drawings are sampled from, and the log-probabilities of what was sampled from it.
+
+A rollout is drawn under the grammar, and where a recipe says so under guidance, a temperature and a nucleus. Scored
+without them it looks off-policy: part of the softmax lies on ids that could never be drawn, and a guided sample is
+unlikely under the unguided model. Here the same steps are taken in the same order as in `generate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import TopPLogitsWarper
+
+from unimm.sequence import SpanGrammar
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities and entropies (without gradient) of sampled ids, float32 `[B, C]`; 0 at padding."""
+
+    log_probs: torch.Tensor
+    entropies: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SamplingPolicy:
+    """How pictures are sampled: guidance, grammar, temperature, nucleus, in this order.
+
+    Args:
+        grammar: of the model.
+        null_prompt_ids: the unconditional prompt, which ends before the picture opens.
+        temperature, top_p, guidance_scale: as in `generate`; 1 turns each off.
+    """
+
+    grammar: SpanGrammar
+    null_prompt_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+
+    def score(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sampled: int
+    ) -> Scores:
+        """Scores of the last `num_sampled` ids of every row, which follow an open picture.
+
+        Args:
+            model: called with `input_ids`, `attention_mask`, `position_ids` and `logits_to_keep`, so that wrappers of
+                parallel training and adapters stay in place.
+            input_ids: int64 `[B, T]`, prompts padded on the left and ending in `<boi>`, samples padded on the right.
+            attention_mask: int64 `[B, T]`, 0 at padding.
+            num_sampled: C.
+        """
+        logits = _logits(model, input_ids, attention_mask, num_sampled)
+        states = self.grammar.states(input_ids)[:, -num_sampled - 1 : -1]
+        if self.guidance_scale != 1:
+            null = torch.tensor(self.null_prompt_ids, device=input_ids.device).expand(len(input_ids), -1)
+            drawn = slice(-num_sampled - 1, None)  # `<boi>` and what follows it
+            rows = torch.cat([null, input_ids[:, drawn]], dim=1)
+            mask = torch.cat([torch.ones_like(null), attention_mask[:, drawn]], dim=1)
+            unconditional = _logits(model, rows, mask, num_sampled)
+            guided = unconditional + self.guidance_scale * (logits - unconditional)
+            logits = torch.where((states != 0)[..., None], guided, logits)
+        return self._score(logits, states, input_ids[:, -num_sampled:], attention_mask[:, -num_sampled:].bool())
+
+    def _score(
+        self, logits: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, sampled: torch.Tensor
+    ) -> Scores:
+        """Softmax over the legal ids only, one grammar state at a time, since they share their legal ids."""
+        table = self.grammar.table.to(logits.device)
+        log_probs = logits.new_zeros(targets.shape, dtype=torch.float32)
+        entropies = torch.zeros_like(log_probs)
+        for state in states[sampled].unique():
+            here = (states == state) & sampled
+            legal = table[state].nonzero().squeeze(1)
+            scores = logits[here][:, legal].float() / self.temperature  # [M, legal]
+            chosen = torch.searchsorted(legal, targets[here]).clamp_max(len(legal) - 1)
+            assert bool((legal[chosen] == targets[here]).all()), "an id was sampled that the grammar forbids"
+            if self.top_p < 1:
+                scores = self._nucleus(scores, chosen)
+            normal = scores.log_softmax(dim=1)
+            log_probs = log_probs.masked_scatter(here, normal.gather(1, chosen[:, None]).squeeze(1))
+            entropies[here] = torch.special.entr(normal.detach().exp()).sum(dim=1)
+        return Scores(log_probs, entropies)
+
+    def _nucleus(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Drop what lies outside the nucleus; the sampled id was inside when it was sampled, and stays."""
+        kept = torch.isfinite(TopPLogitsWarper(self.top_p)(None, scores))
+        return scores.masked_fill(~kept.scatter(1, chosen[:, None], True), -float("inf"))
+
+
+def _logits(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sampled: int) -> torch.Tensor:
+    """Logits `[B, C, V]` before each sampled id, at the positions that `generate` gives to padded rows."""
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp_min(0),
+        logits_to_keep=num_sampled + 1,
+        use_cache=False,
+    )
+    return output.logits[:, :-1]
