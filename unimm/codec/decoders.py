@@ -1,4 +1,4 @@
-"""Decoder socket: a grid of looked-up features `[B, D, rows, columns]` to pixels `[B, 3, H, W]`."""
+"""Decoder socket: what the resampler restores, mostly a grid `[B, D, rows, columns]`, to pixels `[B, 3, H, W]`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,25 @@ from torch import nn
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import ChannelsToSpace, ResidualBlock, check_channels
 from unimm.nn.positions import sincos_2d
+from unimm.nn.pyramid import PyramidBlock
+
+
+class DecoderOptions:
+    """What the codec asks of any decoder's config besides `in_width` and `upsample`."""
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether the output is a picture; else it is features, for something else to draw from."""
+        return True
+
+    @property
+    def condition_size(self) -> tuple[int, int] | None:
+        """(tokens, width) of the condition that decoding needs, if it needs one."""
+        return None
 
 
 @dataclass(frozen=True)
-class ConvDecoderConfig:
+class ConvDecoderConfig(DecoderOptions):
     """Mirror of the convolutional encoder.
 
     Args:
@@ -31,7 +46,7 @@ class ConvDecoderConfig:
         return self.patch * 2 ** (len(self.channels) - 1)
 
     @property
-    def width(self) -> int:
+    def in_width(self) -> int:
         return self.channels[0]
 
 
@@ -41,7 +56,7 @@ class ConvDecoder(nn.Module):
     def __init__(self, config: ConvDecoderConfig) -> None:
         super().__init__()
         check_channels(config.channels)
-        layers: list[nn.Module] = [nn.Conv2d(config.width, config.width, 3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(config.in_width, config.in_width, 3, padding=1)]
         for stage, width in enumerate(config.channels):
             if stage:
                 layers.append(ChannelsToSpace(config.channels[stage - 1], width, 2))
@@ -55,7 +70,7 @@ class ConvDecoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class ViTDecoderConfig:
+class ViTDecoderConfig(DecoderOptions):
     """Transformer that predicts one square patch per position; fields as in the ViT encoder."""
 
     patch: int = 16
@@ -66,6 +81,10 @@ class ViTDecoderConfig:
     @property
     def upsample(self) -> int:
         return self.patch
+
+    @property
+    def in_width(self) -> int:
+        return self.width
 
 
 class ViTDecoder(nn.Module):
@@ -86,8 +105,34 @@ class ViTDecoder(nn.Module):
         return self.to_pixels(self.norm(hidden.transpose(1, 2).reshape(batch, width, rows, columns)))
 
 
-DecoderConfig = ConvDecoderConfig | ViTDecoderConfig
-DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
-    "conv": (ConvDecoderConfig, ConvDecoder),
-    "vit": (ViTDecoderConfig, ViTDecoder),
-}
+@dataclass(frozen=True)
+class FeatureDecoderConfig(DecoderOptions):
+    """Features for something else to draw from: `blocks` residual blocks of `width` (X-Omni, 2507.22058)."""
+
+    width: int = 1536
+    blocks: int = 2
+
+    @property
+    def upsample(self) -> int:
+        return 1
+
+    @property
+    def in_width(self) -> int:
+        return self.width
+
+    @property
+    def makes_pixels(self) -> bool:
+        return False
+
+
+class FeatureDecoder(nn.Module):
+    """`[B, width, rows, columns]` to the same."""
+
+    def __init__(self, config: FeatureDecoderConfig) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(PyramidBlock(config.width, config.width, activation="gelu") for _ in range(config.blocks))
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.blocks(features)

@@ -9,11 +9,13 @@ from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ImageInput
 
+from unimm.codec.configuration import VisualCodecConfig
+
 WHITE = (255, 255, 255)
 
 
 class VisualCodecImageProcessor(PilBackend):
-    """Centre-crop to a square, resize to `size`, scale to [-1, 1].
+    """Centre-crop to a square, resize to `size`, scale to [-1, 1] or as `image_mean` and `image_std` say.
 
     Alpha is laid over white; 16-bit, palette and CMYK pictures are converted; an animation gives its first frame.
     """
@@ -24,6 +26,17 @@ class VisualCodecImageProcessor(PilBackend):
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
+
+    @classmethod
+    def for_codec(cls, config: VisualCodecConfig) -> VisualCodecImageProcessor:
+        """The processor that gives a codec its size and its range of pixels."""
+        black, white = config.pixel_range
+        spread = 1 / (white - black)
+        return cls(
+            size={"height": config.image_size, "width": config.image_size},
+            image_mean=[-black * spread] * 3,
+            image_std=[spread] * 3,
+        )
 
     def process_image(self, image: ImageInput, *args: Any, **kwargs: Any) -> np.ndarray:
         """One picture to uint8 `[3, H, W]` of the codec's size."""

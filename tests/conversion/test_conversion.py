@@ -1,0 +1,175 @@
+"""Every converter against outputs of its reference, at tiny size; a new system is one line of the registry."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModel
+
+from unimm import VisualCodes
+from unimm.cli.main import main
+from unimm.conversion import UPSTREAMS, convert, find_upstream
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Converts each system once: system -> folder."""
+    root, done = tmp_path_factory.mktemp("converted"), {}
+
+    def folder(system):
+        if system not in done:
+            done[system] = convert(system, GOLDEN / system, root / system, accept_licence=True).target
+        return done[system]
+
+    return folder
+
+
+def reference(system):
+    return load_file(GOLDEN / system / "io.safetensors")
+
+
+def as_ids(codes):
+    """Upstream's `[B, N]`, `[B, 1, N]`, `[B, h, w]` or, for K codebooks, `[B, K, N]`, as `[B, N]`."""
+    return codes.flatten(1)
+
+
+@pytest.mark.parametrize("system", UPSTREAMS)
+def test_codes_and_output_equal_the_reference(system, converted):
+    codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
+    codes = codec.encode(expected["pixel_values"])
+    assert codes.ids.dtype == torch.int64
+    assert codes.ids.shape[2] == codec.spec.num_codebooks
+    assert codes.ids[..., 0].equal(as_ids(expected["codes"]))
+    if "z_q" in expected:
+        rows = expected["z_q"]
+        rows = rows.flatten(2).transpose(1, 2) if rows.ndim == 4 else rows
+        torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
+    output = next(name for name in ("reconstruction", "decoded", "features") if name in expected)
+    with torch.no_grad():
+        drawn = codec.render(codes, condition=expected.get("text_guidance"))
+    torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("system", UPSTREAMS)
+def test_codes_survive_saving_and_a_bfloat16_load(system, converted, tmp_path):
+    expected = reference(system)
+    codec = AutoModel.from_pretrained(converted(system), dtype=torch.bfloat16)
+    codec.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.fingerprint() == codec.fingerprint()
+    assert again.encode(expected["pixel_values"]).ids[..., 0].equal(as_ids(expected["codes"]))
+
+
+@pytest.mark.parametrize("system", UPSTREAMS)
+def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
+    codec = AutoModel.from_pretrained(converted(system))
+    processor = AutoImageProcessor.from_pretrained(converted(system))
+    white = torch.full((3, 40, 60), 255, dtype=torch.uint8)
+    pixels = torch.cat([processor(picture, return_tensors="pt")["pixel_values"] for picture in (white, white * 0)])
+    low, high = codec.config.pixel_range
+    torch.testing.assert_close(pixels[0], torch.full_like(pixels[0], high))
+    torch.testing.assert_close(pixels[1], torch.full_like(pixels[1], low))
+    assert (codec.config.pixel_range[0], codec.config.pixel_range[1]) == tuple(
+        json.loads((GOLDEN / system / "config.json").read_text())["pixel_range"]
+    )
+    codec.encode(pixels)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of one fixture to spoil."""
+    folder = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llamagen_vq", folder)
+    return folder
+
+
+def spoil(folder, change):
+    weights = load_file(folder / "weights.safetensors")
+    change(weights)
+    save_file(weights, folder / "weights.safetensors")
+
+
+def test_a_key_that_no_rule_takes_is_named(source, tmp_path):
+    spoil(source, lambda weights: weights.update({"encoder.extra.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"No rule takes 'encoder\.extra\.weight'"):
+        convert("llamagen_vq", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_key_is_named(source, tmp_path):
+    spoil(source, lambda weights: weights.pop("decoder.norm_out.weight"))
+    with pytest.raises(ValueError, match=r"lack what becomes 'decoder\.norm\.weight'"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
+def test_a_shape_that_the_configuration_does_not_give_is_named(source, tmp_path):
+    spoil(source, lambda weights: weights.update({"quantize.embedding.weight": torch.ones(32, 8)}))
+    with pytest.raises(ValueError, match=r"quantizer\.codebook is \(32, 8\) in the weights and \(64, 8\)"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
+def test_the_weights_of_another_system_are_refused(source, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json is of 'llamagen_vq', not of 'ibq'"):
+        convert("ibq", source, tmp_path / "out")
+    shutil.copy(GOLDEN / "ibq" / "weights.safetensors", source)
+    with pytest.raises(ValueError, match="No rule takes"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
+def test_damaged_or_absent_files_are_refused(source, tmp_path):
+    (source / "weights.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        convert("llamagen_vq", source, tmp_path / "out")
+    (source / "weights.safetensors").unlink()
+    (source / "weights.pt").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="can run code when it is read"):
+        convert("llamagen_vq", source, tmp_path / "out")
+    (source / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
+def test_an_incomplete_configuration_names_what_it_lacks(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "ibq", source)
+    fields = json.loads((source / "config.json").read_text())
+    del fields["args"]["ddconfig"]["ch_mult"]
+    (source / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"no 'ddconfig\.ch_mult'"):
+        convert("ibq", source, tmp_path / "out")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(source):
+    with pytest.raises(ValueError, match="exists already"):
+        convert("llamagen_vq", source, source)
+
+
+def test_unknown_systems_get_near_names():
+    with pytest.raises(ValueError, match="Did you mean llamagen"):
+        find_upstream("llama-gen")
+    assert find_upstream("LlamaGen").system == "llamagen_vq"
+
+
+def test_the_command_line_says_what_it_did(source, tmp_path, capsys):
+    assert main(["convert", "llamagen_vq", str(source), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "MIT" in said
+    assert "157 tensors converted" in said
+    assert main(["convert", "lamagen", str(source), str(tmp_path / "other")]) == 2
+    assert "Did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("system", ["llamagen_vq"])
+def test_wrong_pixels_and_codes_are_refused(system, converted):
+    codec = AutoModel.from_pretrained(converted(system))
+    for pixels in (torch.zeros(1, 4, 16, 16), torch.full((1, 3, 16, 16), 2.0), torch.zeros(1, 3, 15, 16)):
+        with pytest.raises(ValueError, match=r"pixel_values|cannot take"):
+            codec.encode(pixels)
+    with pytest.raises(ValueError, match="range over"):
+        codec.decode(VisualCodes.from_grid(torch.full((1, 4, 4, 1), 64)))
