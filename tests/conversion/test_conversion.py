@@ -14,6 +14,7 @@ from unimm.cli.main import main
 from unimm.conversion import UPSTREAMS, convert, find_upstream
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+OUTPUTS = ("reconstruction", "decoded", "features")  # what decoding gives, by upstream's name
 TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
 
 
@@ -50,7 +51,7 @@ def test_codes_and_output_equal_the_reference(system, converted):
         rows = expected["z_q"]
         rows = rows.flatten(2).transpose(1, 2) if rows.ndim == 4 else rows
         torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
-    output = next(name for name in ("reconstruction", "decoded", "features") if name in expected)
+    output = next(name for name in OUTPUTS if name in expected)
     with torch.no_grad():
         drawn = codec.render(codes, condition=expected.get("text_guidance"))
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
@@ -173,3 +174,49 @@ def test_wrong_pixels_and_codes_are_refused(system, converted):
             codec.encode(pixels)
     with pytest.raises(ValueError, match="range over"):
         codec.decode(VisualCodes.from_grid(torch.full((1, 4, 4, 1), 64)))
+
+
+def test_a_shorter_one_d_piece_is_the_first_codes(converted):
+    codec, expected = AutoModel.from_pretrained(converted("one_d_piece")), reference("one_d_piece")
+    whole = codec.encode(expected["pixel_values"])
+    for length in (1, 5):
+        short = codec.encode(expected["pixel_values"], num_tokens=length)
+        assert short.ids.equal(whole.ids[:, :length])
+        with torch.no_grad():
+            drawn = codec.render(short)
+        torch.testing.assert_close(drawn, expected[f"reconstruction_length_{length}"], atol=TOLERANCE, rtol=0)
+    for length in (0, whole.ids.shape[1] + 1):
+        with pytest.raises(ValueError, match="makes and decodes 1 to"):
+            codec.encode(expected["pixel_values"], num_tokens=length)
+
+
+def test_titok_has_one_length(converted):
+    codec, expected = AutoModel.from_pretrained(converted("titok_single_stage")), reference("titok_single_stage")
+    codes = codec.encode(expected["pixel_values"])
+    cut = VisualCodes(codes.ids[:, :5], codes.mask[:, :5])
+    with pytest.raises(ValueError, match="makes and decodes exactly"):
+        codec.decode(cut)
+    padded = VisualCodes(codes.ids, torch.arange(codes.ids.shape[1]) < torch.tensor([[5], [9]]))
+    with pytest.raises(ValueError, match="one length at a time"):
+        codec.decode(padded)
+
+
+def test_ta_titok_draws_under_a_text_and_not_without(converted):
+    codec, expected = AutoModel.from_pretrained(converted("ta_titok")), reference("ta_titok")
+    codes, text = codec.encode(expected["pixel_values"]), expected["text_guidance"]
+    assert not codec.decode(codes, condition=text).equal(codec.decode(codes, condition=text.flip(0)))
+    for condition in (None, text[:, 1:]):
+        with pytest.raises(ValueError, match="decodes under a text"):
+            codec.decode(codes, condition=condition)
+    plain = AutoModel.from_pretrained(converted("titok_single_stage"))
+    with pytest.raises(ValueError, match="takes no condition"):
+        plain.decode(codes, condition=text)
+
+
+def test_xomni_reads_its_own_grid_and_others(converted):
+    codec, expected = AutoModel.from_pretrained(converted("xomni_tokenizer")), reference("xomni_tokenizer")
+    codes = codec.encode(expected["pixel_values_native"])
+    assert codes.ids[..., 0].equal(as_ids(expected["codes_native"]))
+    torch.testing.assert_close(codec.decode(codes), expected["decoded_native"], atol=TOLERANCE, rtol=0)
+    raw = codec.lookup(codes).transpose(1, 2).unflatten(2, codes.grid[0])
+    torch.testing.assert_close(raw, expected["lookup_raw_native"], atol=TOLERANCE, rtol=0)

@@ -131,7 +131,7 @@ class FeatureDecoder(nn.Module):
     def __init__(self, config: FeatureDecoderConfig) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            *(PyramidBlock(config.width, config.width, activation="gelu") for _ in range(config.blocks))
+            *(PyramidBlock(config.width, config.width, activation="gelu", eps=1e-5) for _ in range(config.blocks))
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from unimm.conversion.maps import llamagen, seed_voken
+from unimm.conversion.maps import llamagen, seed_voken, titok, xomni
 from unimm.conversion.upstream import Upstream
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -13,6 +13,11 @@ UPSTREAMS: dict[str, Upstream] = {
         llamagen.VQ,
         seed_voken.IBQ,
         seed_voken.OPEN_MAGVIT2,
+        titok.TITOK_TWO_STAGE,
+        titok.TITOK_SINGLE_STAGE,
+        titok.TA_TITOK,
+        titok.ONE_D_PIECE,
+        xomni.TOKENIZER,
     )
 }
 

@@ -32,15 +32,16 @@ class PyramidBlock(nn.Module):
         bias: bool = True,
         shortcut: str = "input",
         activation: str = "silu",
+        eps: float = EPS,
     ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         if shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut is {shortcut!r}; it must be one of {', '.join(SHORTCUTS)}.")
         self.shortcut_reads_update = shortcut == "update"
-        self.norm_in = nn.GroupNorm(GROUPS, in_channels, eps=EPS)
+        self.norm_in = nn.GroupNorm(GROUPS, in_channels, eps=eps)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
-        self.norm_out = nn.GroupNorm(GROUPS, out_channels, eps=EPS)
+        self.norm_out = nn.GroupNorm(GROUPS, out_channels, eps=eps)
         self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
