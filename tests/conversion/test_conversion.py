@@ -220,3 +220,32 @@ def test_xomni_reads_its_own_grid_and_others(converted):
     torch.testing.assert_close(codec.decode(codes), expected["decoded_native"], atol=TOLERANCE, rtol=0)
     raw = codec.lookup(codes).transpose(1, 2).unflatten(2, codes.grid[0])
     torch.testing.assert_close(raw, expected["lookup_raw_native"], atol=TOLERANCE, rtol=0)
+
+
+def test_ta_tok_pools_its_grid_and_fits_pictures_to_it(converted):
+    codec, expected = AutoModel.from_pretrained(converted("ta_tok")), reference("ta_tok")
+    for scale in (1, 2):
+        wanted = expected[f"codes_scale_index{scale}"]
+        codes = codec.encode(expected["pixel_values"], num_tokens=wanted.shape[1])
+        assert codes.ids[..., 0].equal(wanted)
+        features = expected[f"features_scale_index{scale}"]
+        torch.testing.assert_close(codec.decode(codes), features, atol=TOLERANCE, rtol=0)
+    other = codec.encode(expected["pixel_values_other_size"])
+    assert other.ids[..., 0].equal(expected["codes_other_size"])
+    with pytest.raises(ValueError, match="this codec makes"):
+        codec.encode(expected["pixel_values"], num_tokens=7)
+
+
+def test_a_restricted_licence_must_be_accepted(tmp_path):
+    with pytest.raises(ValueError, match="--accept-licence"):
+        convert("ta_tok", GOLDEN / "ta_tok", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert("ta_tok", GOLDEN / "ta_tok", tmp_path / "out", accept_licence=True)
+
+
+def test_an_input_statistic_that_the_codec_does_not_hold_is_refused(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "ta_tok", source)
+    spoil(source, lambda weights: weights["scale_layer.shift"].fill_(0.4))
+    with pytest.raises(ValueError, match=r"this converter knows 0\.5 only"):
+        convert("ta_tok", source, tmp_path / "out", accept_licence=True)

@@ -45,6 +45,7 @@ class VisualCodecConfig(PreTrainedConfig):
     Args:
         image_size: side in pixels that the image processor resizes to.
         pixel_range: lowest and highest value of a pixel, black and white, on both sides of the codec.
+        resize: whether pictures of other sizes are stretched to the square of `image_size` rather than refused.
         encoder, resampler, quantizer, length, decoder: the sockets; see the module of each for kinds and options.
             An empty `length` is fixed at `image_size`.
 
@@ -56,6 +57,7 @@ class VisualCodecConfig(PreTrainedConfig):
 
     image_size: int = 128
     pixel_range: tuple[float, float] = (-1.0, 1.0)
+    resize: bool = False
     encoder: dict[str, Any] = field(default_factory=lambda: {"kind": "conv"})
     resampler: dict[str, Any] = field(default_factory=lambda: {"kind": "grid"})
     quantizer: dict[str, Any] = field(default_factory=lambda: {"kind": "fsq"})

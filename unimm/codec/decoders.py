@@ -10,7 +10,6 @@ from torch import nn
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import ChannelsToSpace, ResidualBlock, check_channels
 from unimm.nn.positions import sincos_2d
-from unimm.nn.pyramid import PyramidBlock
 
 
 class DecoderOptions:
@@ -103,36 +102,3 @@ class ViTDecoder(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.to_pixels(self.norm(hidden.transpose(1, 2).reshape(batch, width, rows, columns)))
-
-
-@dataclass(frozen=True)
-class FeatureDecoderConfig(DecoderOptions):
-    """Features for something else to draw from: `blocks` residual blocks of `width` (X-Omni, 2507.22058)."""
-
-    width: int = 1536
-    blocks: int = 2
-
-    @property
-    def upsample(self) -> int:
-        return 1
-
-    @property
-    def in_width(self) -> int:
-        return self.width
-
-    @property
-    def makes_pixels(self) -> bool:
-        return False
-
-
-class FeatureDecoder(nn.Module):
-    """`[B, width, rows, columns]` to the same."""
-
-    def __init__(self, config: FeatureDecoderConfig) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(
-            *(PyramidBlock(config.width, config.width, activation="gelu", eps=1e-5) for _ in range(config.blocks))
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.blocks(features)

@@ -110,6 +110,8 @@ class ViTEncoderConfig:
         table_side: learned positions of a square grid of this side, resized to the grid of the picture (X-Omni,
             2507.22058); 0 for sines and cosines, which have no size.
         final_norm: whether a norm ends the tower.
+        tanh_gelu: whether GELU is computed by its tanh formula (SigLIP).
+        mean, std: of pixels; the tower sees their distance from `mean` in units of `std`.
     """
 
     patch: int = 16
@@ -120,6 +122,9 @@ class ViTEncoderConfig:
     eps: float = 1e-5
     table_side: int = 0
     final_norm: bool = True
+    tanh_gelu: bool = False
+    mean: float = 0.0
+    std: float = 1.0
 
     @property
     def downsample(self) -> int:
@@ -132,17 +137,24 @@ class ViTEncoder(nn.Module):
     def __init__(self, config: ViTEncoderConfig) -> None:
         super().__init__()
         self.patches = SpaceToChannels(3, config.width, config.patch)
+        self.mean, self.std = config.mean, config.std
         self.table: nn.Parameter | None = None
         if config.table_side:
             self.table = nn.Parameter(torch.randn(config.table_side**2, config.width) * 0.02)
         self.blocks = nn.ModuleList(
-            TransformerBlock(config.width, config.num_heads, mlp_width=config.mlp_width, eps=config.eps)
+            TransformerBlock(
+                config.width,
+                config.num_heads,
+                mlp_width=config.mlp_width,
+                eps=config.eps,
+                tanh_gelu=config.tanh_gelu,
+            )
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=config.eps) if config.final_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        grid = self.patches(pixel_values)  # [B, D, rows, columns]
+        grid = self.patches((pixel_values - self.mean) / self.std)  # [B, D, rows, columns]
         batch, width, rows, columns = grid.shape
         if self.table is None:
             positions = sincos_2d(rows, columns, width, grid.device)

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -85,6 +86,7 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: wrong shape or range, a size the codec cannot take, or a `num_tokens` it cannot make of it.
         """
+        pixel_values = self._fit(pixel_values)
         arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
         with torch.no_grad():
             ids = self.quantizer(self._positions(pixel_values, arrangement.pool)).ids[:, : arrangement.length]
@@ -126,6 +128,7 @@ class VisualCodecModel(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> CodecOutput:
         """A differentiable trip through the quantizer, for training."""
+        pixel_values = self._fit(pixel_values)
         arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), None)
         self._check_condition(condition, len(pixel_values))
         quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
@@ -180,6 +183,12 @@ class VisualCodecModel(PreTrainedModel):
                 f"This codec decodes under a text, and its features are {seen}; "
                 f"give condition=, floats {(batch, *size)}."
             )
+
+    def _fit(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        side = self.config.image_size
+        if not self.config.resize or pixel_values.ndim != 4 or pixel_values.shape[2:] == (side, side):
+            return pixel_values
+        return F.interpolate(pixel_values, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():

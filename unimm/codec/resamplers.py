@@ -33,12 +33,14 @@ class GridResamplerConfig:
         dim: width of the vectors that are quantised.
         groups: equal parts of the channels that never meet on the way to the quantizer.
         norm: whether each position is normalised first.
+        tanh_width: width of a linear map and a tanh before the rest; 0 for none.
         project: whether linear maps lie on both sides of the quantizer; without them all widths must be `dim`.
     """
 
     dim: int = 256
     groups: int = 1
     norm: bool = True
+    tanh_width: int = 0
     project: bool = True
 
 
@@ -60,6 +62,10 @@ class GridResampler(Resampler):
                 f"The encoder is {encoder_width} wide, dim is {config.dim} and the decoder reads {decoder_width}; "
                 "make them equal, or set project: true."
             )
+        self.before: nn.Module = nn.Identity()
+        if config.tanh_width:
+            self.before = nn.Sequential(nn.Linear(encoder_width, config.tanh_width), nn.Tanh())
+            encoder_width = config.tanh_width
         self.norm = nn.GroupNorm(config.groups, encoder_width) if config.norm else nn.Identity()
         self.to_positions: nn.Module = nn.Identity()
         self.to_grid: nn.Module = nn.Identity()
@@ -71,7 +77,9 @@ class GridResampler(Resampler):
         if pool > 1:
             features = F.avg_pool2d(features, pool)
         batch = len(features)
-        positions = features.flatten(2).transpose(1, 2).flatten(0, 1)  # [B N, D]: statistics of one position each
+        positions = self.before(features.flatten(2).transpose(1, 2)).flatten(
+            0, 1
+        )  # [B N, D]: statistics of one position each
         return self.to_positions(self.norm(positions)[..., None])[..., 0].unflatten(0, (batch, -1))
 
     def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

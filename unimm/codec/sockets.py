@@ -7,8 +7,6 @@ from torch import nn
 from unimm.codec.decoders import (
     ConvDecoder,
     ConvDecoderConfig,
-    FeatureDecoder,
-    FeatureDecoderConfig,
     ViTDecoder,
     ViTDecoderConfig,
 )
@@ -24,6 +22,7 @@ from unimm.codec.encoders import (
     ViTEncoder,
     ViTEncoderConfig,
 )
+from unimm.codec.feature_decoder import FeatureDecoder, FeatureDecoderConfig, FeatureViT, FeatureViTConfig
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.resamplers import GridResampler, GridResamplerConfig, Resampler
@@ -46,4 +45,5 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "pyramid": (PyramidDecoderConfig, PyramidDecoder),
     "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
     "features": (FeatureDecoderConfig, FeatureDecoder),
+    "feature_vit": (FeatureViTConfig, FeatureViT),
 }

@@ -100,23 +100,34 @@ def rename(
     Raises:
         ValueError: a key that no rule takes, or two keys with one target.
     """
-    ours: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[int, torch.Tensor]] = {}
     dropped, unmapped = [], []
     for key, tensor in weights.items():
         rules = [(rule, match) for rule in plan.renames if (match := re.fullmatch(rule.pattern, key))]
         if any(re.fullmatch(pattern, key) for pattern in plan.without_effect) or (not rules and key in listed):
             dropped.append(key)
+        elif constants := [value for pattern, value in plan.constants.items() if re.fullmatch(pattern, key)]:
+            if not bool((tensor == constants[0]).all()):
+                raise ValueError(
+                    f"{key!r} holds {tensor.flatten().tolist()}; this converter knows {constants[0]} only."
+                )
         elif not rules:
             unmapped.append(key)
         else:
             rule, match = rules[0]
-            target = match.expand(rule.target)
-            if target in ours:
+            target, place = match.expand(rule.target), rule.part or 0
+            if place in parts.setdefault(target, {}):
                 raise ValueError(f"Key {key!r} becomes {target!r}, as another key did; these are not its weights.")
-            ours[target] = (tensor if rule.change is None else rule.change(tensor)).float().contiguous()
+            parts[target][place] = (tensor if rule.change is None else rule.change(tensor)).float()
     if unmapped:
         raise ValueError(f"No rule takes {_named(unmapped)}. Are these weights of another system?")
+    ours = {target: _stacked(found) for target, found in parts.items()}
     return ours, dropped
+
+
+def _stacked(parts: dict[int, torch.Tensor]) -> torch.Tensor:
+    tensors = [parts[place] for place in sorted(parts)]
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
 
 
 def _fill(plan: Plan, weights: dict[str, torch.Tensor]) -> VisualCodecModel:

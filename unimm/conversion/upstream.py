@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ class Rename:
         pattern: regular expression that a whole upstream key must match.
         target: our key, with the groups of the pattern.
         change: how the tensor changes, where its layout differs from ours.
+        part: where several upstream tensors are stacked into one of ours, the place of this one.
     """
 
     pattern: str
     target: str
     change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Plan:
         config: the codec it becomes.
         renames: every key with an effect matches exactly one of them.
         without_effect: patterns of keys that no output depends on.
+        constants: patterns of keys that our model holds as options, and the value that every number there must have.
     """
 
     config: VisualCodecConfig
     renames: tuple[Rename, ...]
     without_effect: tuple[str, ...] = ()
+    constants: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,11 @@ def under(source: str, target: str, names: Mapping[str, str]) -> tuple[Rename, .
 def kernel_of_points(weight: torch.Tensor) -> torch.Tensor:
     """A 1x1 convolution's `[out, in, 1, 1]` as one over positions, `[out, in, 1]`."""
     return weight[..., 0]
+
+
+def kernel_of_lines(weight: torch.Tensor) -> torch.Tensor:
+    """A linear map's `[out, in]` as a convolution over positions, `[out, in, 1]`."""
+    return weight[..., None]
 
 
 def matrix(weight: torch.Tensor) -> torch.Tensor:
