@@ -166,6 +166,16 @@ def test_the_command_line_says_what_it_did(source, tmp_path, capsys):
     assert "Did you mean" in capsys.readouterr().err
 
 
+def test_inspection_shows_presets_and_converted_codecs(converted, capsys):
+    assert main(["inspect", "codec", "smallest"]) == 0
+    assert main(["inspect", "codec", str(converted("titok_single_stage"))]) == 0
+    said = capsys.readouterr().out
+    assert "quantizer  fsq (levels [4, 4, 4])" in said
+    assert "codes      12 positions, 64, 72 bits" in said
+    assert main(["inspect", "codec", "smalest"]) == 2
+    assert "Did you mean smallest" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("system", ["llamagen_vq"])
 def test_wrong_pixels_and_codes_are_refused(system, converted):
     codec = AutoModel.from_pretrained(converted(system))

@@ -167,6 +167,17 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(convert(arguments.system, arguments.source, arguments.target, accept_licence=arguments.accept_licence))
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["codec"], help="codec: a visual tokenizer")
+    parser.add_argument("name", help="a preset, or the folder of a saved codec")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from unimm.cli.inspect import inspect_codec
+
+    print(inspect_codec(arguments.name))
+
+
 VERBS = (
     Verb("draw", "draw a picture", 'unimm draw "a red heart above a blue star" -o heart.png', _draw_arguments, _draw),
     Verb("describe", "say what a picture shows", "unimm describe heart.png", _describe_arguments, _describe),
@@ -195,6 +206,14 @@ VERBS = (
         "unimm convert llamagen_vq SOURCE TARGET",
         _convert_arguments,
         _convert,
+        needs_model=False,
+    ),
+    Verb(
+        "inspect",
+        "say what a codec is made of",
+        "unimm inspect codec smallest",
+        _inspect_arguments,
+        _inspect,
         needs_model=False,
     ),
 )

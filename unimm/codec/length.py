@@ -165,7 +165,8 @@ class PooledLength(LengthPolicy):
         self.arrange((self.rows, self.columns), length)
 
     def _arrangements(self) -> list[Arrangement]:
-        return [Arrangement(self.rows // pool, self.columns // pool, pool) for pool in self.pools]
+        fitting = [pool for pool in self.pools if pool <= min(self.rows, self.columns)]
+        return [Arrangement(self.rows // pool, self.columns // pool, pool) for pool in fitting]
 
 
 LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {

@@ -62,7 +62,8 @@ def plan(upstream: UpstreamConfig) -> Plan:
             "project": False,
             "raw_lookup": True,
         },
-        length={"kind": "resolution", "min_side": 1, "max_side": table_side, "max_positions": table_side**2},
+        # The table stretches to grids beyond its own.
+        length={"kind": "resolution", "min_side": 1, "max_side": 2 * table_side, "max_positions": 4 * table_side**2},
         decoder={"kind": "features", "width": width, "blocks": upstream.field("defaults_used.conv_layers", 2)},
     )
     renames = (
