@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 
-from unimm import VisualCodes
+from unimm import VisualCodecImageProcessor, VisualCodes
 from unimm.cli.main import main
+from unimm.codec.image_processing import any_shape_size
 from unimm.conversion import UPSTREAMS, convert, find_upstream
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -79,7 +81,7 @@ def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
     assert (codec.config.pixel_range[0], codec.config.pixel_range[1]) == tuple(
         json.loads((GOLDEN / system / "config.json").read_text())["pixel_range"]
     )
-    codec.encode(pixels)
+    codec.length.grid(*pixels.shape[2:], codec.config.downsample)
 
 
 @pytest.fixture
@@ -259,3 +261,21 @@ def test_an_input_statistic_that_the_codec_does_not_hold_is_refused(tmp_path):
     spoil(source, lambda weights: weights["scale_layer.shift"].fill_(0.4))
     with pytest.raises(ValueError, match=r"this converter knows 0\.5 only"):
         convert("ta_tok", source, tmp_path / "out", accept_licence=True)
+
+
+def test_xomni_keeps_the_shape_of_pictures(tmp_path):
+    expected = reference("xomni_tokenizer")
+    for (width, height), wanted in zip(
+        expected["preprocess_sizes_in"].tolist(), expected["preprocess_sizes_out"].tolist(), strict=True
+    ):
+        if wanted == [0, 0]:
+            with pytest.raises(ValueError, match="Crop it"):
+                any_shape_size(width, height)
+        else:
+            assert list(any_shape_size(width, height)) == wanted
+    arguments = json.loads((GOLDEN / "xomni_tokenizer" / "config.json").read_text())
+    VisualCodecImageProcessor(any_shape=arguments["preprocess_args_for_preprocess_image"]).save_pretrained(tmp_path)
+    processor = VisualCodecImageProcessor.from_pretrained(tmp_path)
+    picture = Image.fromarray(expected["preprocess_image"].numpy())
+    values = processor(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(values, expected["preprocess_pixel_values"], atol=1e-6, rtol=0)

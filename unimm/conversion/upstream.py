@@ -40,12 +40,14 @@ class Plan:
         renames: every key with an effect matches exactly one of them.
         without_effect: patterns of keys that no output depends on.
         constants: patterns of keys that our model holds as options, and the value that every number there must have.
+        any_shape: how pictures are resized where they keep their shape; None for squares of the codec's own size.
     """
 
     config: VisualCodecConfig
     renames: tuple[Rename, ...]
     without_effect: tuple[str, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
+    any_shape: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

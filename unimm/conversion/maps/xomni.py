@@ -12,6 +12,13 @@ TOWERS = {
 }
 TABLE_PIXELS = 2048  # side of the picture whose grid the position table has
 TRAINING_SIDE = 384
+RELEASED_SHAPES = {
+    "short_size": 384,
+    "long_size": 1152,
+    "patch_size": 16,
+    "min_short_size": 128,
+    "max_aspect_ratio": 3.0,
+}
 PARTS = {
     "norm1": "attention_norm",
     "attn.qkv": "attention.qkv",
@@ -74,7 +81,9 @@ def plan(upstream: UpstreamConfig) -> Plan:
         Rename(r"vqproj\.quantize\.embedding\.weight", "quantizer.codebook"),
         *under(r"vqproj\.post_conv\.(?P<index>\d+)", r"decoder.blocks.\g<index>", BLOCK),
     )
-    return Plan(config, renames, without_effect=WITHOUT_EFFECT)
+    # A table that was cut to less cannot take pictures of the released sizes.
+    any_shape = RELEASED_SHAPES if table_pixels >= RELEASED_SHAPES["long_size"] else None
+    return Plan(config, renames, without_effect=WITHOUT_EFFECT, any_shape=any_shape)
 
 
 TOKENIZER = Upstream(
