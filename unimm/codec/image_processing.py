@@ -30,9 +30,7 @@ class VisualCodecImageProcessor(PilBackend):
     any_shape: dict[str, Any] | None = None
 
     @classmethod
-    def for_codec(
-        cls, config: VisualCodecConfig, any_shape: dict[str, Any] | None = None
-    ) -> VisualCodecImageProcessor:
+    def for_codec(cls, config: VisualCodecConfig, any_shape: dict[str, Any] | None = None) -> VisualCodecImageProcessor:
         """The processor that gives a codec its size, or pictures of any shape, and its range of pixels."""
         black, white = config.pixel_range
         spread = 1 / (white - black)
