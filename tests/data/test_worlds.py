@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from conftest import needs_font
 
-from unimm.data.worlds import HELD_OUT_PAIRS, EmojiWorld, ShapesWorld, WordsWorld, is_held_out_word, parse_caption
+from unimm.data.worlds import (
+    HELD_OUT_PAIRS,
+    WORLDS,
+    EmojiWorld,
+    ShapesWorld,
+    WordsWorld,
+    is_held_out_word,
+    parse_caption,
+)
 from unimm.data.worlds.emoji import held_out_ground, is_held_out_pair
 from unimm.scorers.facts import OPPOSITES, SceneFacts
 from unimm.scorers.glyphs import find_font
@@ -89,3 +97,12 @@ def test_a_missing_font_names_the_install_line(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="apt-get install fonts-noto-color-emoji"):
         find_font()
+
+
+def test_what_is_named_first_stands_first_where_no_relation_is_stated():
+    world = WORLDS["shapes"](seed=4)
+    for index in range(40):
+        facts = world.example(index, category="binding").facts
+        (x0, y0), (x1, y1) = (thing.centre for thing in facts.objects)
+        assert facts.relation is None
+        assert (y0, x0) < (y1, x1)

@@ -33,8 +33,9 @@ def shape_captions(facts: SceneFacts) -> tuple[str, ...]:
     if first.phrase == facts.objects[1].phrase:
         count, things = len(facts.objects), f"{first.colour} {PLURALS[first.name]}"
         return (f"{NUMBERS[count]} {things}", f"{count} {things}", f"a picture of {NUMBERS[count]} {things}")
-    one, two = (with_article(thing.phrase) for thing in facts.objects)
-    return (f"{one} and {two}", f"{two} and {one}", f"a picture of {one} and {two}")
+    second = facts.objects[1]
+    both = f"{with_article(first.phrase)} and {with_article(second.phrase)}"
+    return (both, f"one {first.phrase} and one {second.phrase}", f"a picture of {both}")
 
 
 def pair_captions(one: str, other: str, relation: str) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ class ShapesWorld(World):
         scene = {"single": self._single, "count": self._count, "position": self._two, "binding": self._two}[category]
         facts = scene(rng)
         if category == "binding":
-            facts = SceneFacts(facts.objects, None, None, None, facts.ground)
+            facts = SceneFacts(in_reading_order(facts.objects), ground=facts.ground)
         return Example(render(facts), facts, category, shape_captions(facts), questions(facts))
 
     def _pair(self, rng: np.random.Generator) -> tuple[str, str]:
@@ -69,6 +69,11 @@ class ShapesWorld(World):
             for (shape, colour), place in zip((first, second), places, strict=True)
         )
         return SceneFacts(objects, relation, ground=pick_ground(rng))
+
+
+def in_reading_order(objects: tuple[SceneObject, ...]) -> tuple[SceneObject, ...]:
+    """From top to bottom, then from left to right: where no relation is stated, what is named first stands first."""
+    return tuple(sorted(objects, key=lambda thing: (thing.centre[1], thing.centre[0])))
 
 
 def render(facts: SceneFacts) -> Image.Image:
