@@ -104,7 +104,7 @@ class VisualCodecModel(PreTrainedModel):
         return self.quantizer.code_vectors()
 
     def decode(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Pictures `[B, 3, H, W]` in `config.pixel_range`; of a codec without pixels, its features.
+        """Pictures `[B, 3, H, W]`, about `config.pixel_range` and not clamped; of a codec without pixels, its features.
 
         Args:
             condition: float `[B, L, D]` text features, for decoders that draw under a text.
@@ -112,15 +112,21 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: ids out of range, codes of several sizes, or a condition that is missing or not wanted.
         """
-        with torch.no_grad():
-            drawn = self.render(codes, condition=condition)
-        return drawn.clamp(*self.config.pixel_range) if self.decoder_options.makes_pixels else drawn
-
-    def render(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """What `decode` gives, before it is clamped to the range of pixels; errors as there."""
         grid = self._check_codes(codes)
         self._check_condition(condition, len(codes))
-        return self._draw(self.lookup(codes), grid, condition)
+        with torch.no_grad():
+            return self._draw(self.lookup(codes), grid, condition)
+
+    def pictures(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """What to show: pictures `[B, 3, H, W]` in [-1, 1], whatever the codec's own range of pixels.
+
+        Raises:
+            ValueError: as `decode`, or a codec that decodes to features and needs a detokenizer to draw.
+        """
+        if not self.decoder_options.makes_pixels:
+            raise ValueError("This codec decodes to features, not to pixels; draw its codes with a detokenizer.")
+        black, white = self.config.pixel_range
+        return ((self.decode(codes, condition=condition) - black) * (2 / (white - black)) - 1).clamp(-1, 1)
 
     def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """One trip through the codes: `decode(encode(pixel_values))`."""
