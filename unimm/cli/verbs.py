@@ -167,6 +167,30 @@ def _export(arguments: argparse.Namespace) -> None:
     print(report.to_markdown())
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("system", help="the published system, for example llamagen_vq")
+    parser.add_argument("source", help="folder of upstream's config.json and weights.safetensors")
+    parser.add_argument("target", help="folder to write, which AutoModel then loads")
+    parser.add_argument("--accept-licence", action="store_true", help="agree to a licence that limits the use")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from unimm.conversion import convert
+
+    print(convert(arguments.system, arguments.source, arguments.target, accept_licence=arguments.accept_licence))
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["codec"], help="codec: a visual tokenizer")
+    parser.add_argument("name", help="a preset, or the folder of a saved codec")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from unimm.cli.inspect import inspect_codec
+
+    print(inspect_codec(arguments.name))
+
+
 VERBS = (
     Verb("draw", "draw a picture", 'unimm draw "a red heart above a blue star" -o heart.png', _draw_arguments, _draw),
     Verb("describe", "say what a picture shows", "unimm describe heart.png", _describe_arguments, _describe),
@@ -187,6 +211,22 @@ VERBS = (
         "unimm export runs/tiny-sft/model model_cards/unimm-tiny",
         _export_arguments,
         _export,
+        needs_model=False,
+    ),
+    Verb(
+        "convert",
+        "turn a published visual tokenizer into a codec",
+        "unimm convert llamagen_vq SOURCE TARGET",
+        _convert_arguments,
+        _convert,
+        needs_model=False,
+    ),
+    Verb(
+        "inspect",
+        "say what a codec is made of",
+        "unimm inspect codec smallest",
+        _inspect_arguments,
+        _inspect,
         needs_model=False,
     ),
 )

@@ -9,11 +9,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from unimm.codec.decoders import DECODERS
-from unimm.codec.encoders import ENCODERS
 from unimm.codec.length import LENGTH_POLICIES, LengthPolicy
 from unimm.codec.quantizers import QUANTIZERS
-from unimm.codec.resamplers import RESAMPLERS
+from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
 from unimm.config import from_dict
 
 SOCKETS: dict[str, dict[str, type]] = {
@@ -46,6 +44,8 @@ class VisualCodecConfig(PreTrainedConfig):
 
     Args:
         image_size: side in pixels that the image processor resizes to.
+        pixel_range: lowest and highest value of a pixel, black and white, on both sides of the codec.
+        resize: whether pictures of other sizes are stretched to the square of `image_size` rather than refused.
         encoder, resampler, quantizer, length, decoder: the sockets; see the module of each for kinds and options.
             An empty `length` is fixed at `image_size`.
 
@@ -56,6 +56,8 @@ class VisualCodecConfig(PreTrainedConfig):
     model_type = "unimm_codec"
 
     image_size: int = 128
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    resize: bool = False
     encoder: dict[str, Any] = field(default_factory=lambda: {"kind": "conv"})
     resampler: dict[str, Any] = field(default_factory=lambda: {"kind": "grid"})
     quantizer: dict[str, Any] = field(default_factory=lambda: {"kind": "fsq"})
@@ -63,6 +65,7 @@ class VisualCodecConfig(PreTrainedConfig):
     decoder: dict[str, Any] = field(default_factory=lambda: {"kind": "conv"})
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.pixel_range = (float(self.pixel_range[0]), float(self.pixel_range[1]))
         if not self.length:
             side = self.image_size // self.downsample
             self.length = {"kind": "fixed", "rows": side, "columns": side}
@@ -70,12 +73,17 @@ class VisualCodecConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_sockets(self) -> None:
-        """Check every socket's options and that the decoder undoes the encoder's downsampling."""
+        """Check every socket's options, and that a decoder of grids undoes the encoder's downsampling."""
         for socket in SOCKETS:
             socket_config(socket, getattr(self, socket))
-        upsample = socket_config("decoder", self.decoder).upsample
-        if upsample != self.downsample:
-            raise ValueError(f"The encoder divides sizes by {self.downsample}, the decoder multiplies by {upsample}.")
+        if self.pixel_range[0] >= self.pixel_range[1]:
+            raise ValueError(f"pixel_range is {self.pixel_range}; name the lowest value, then the highest.")
+        decoder = socket_config("decoder", self.decoder)
+        keeps_grid = self.length_policy.layout == "grid" and decoder.makes_pixels
+        if keeps_grid and decoder.upsample != self.downsample:
+            raise ValueError(
+                f"The encoder divides sizes by {self.downsample}, the decoder multiplies by {decoder.upsample}."
+            )
         self.length_policy.grid(self.image_size, self.image_size, self.downsample)
 
     @property

@@ -1,4 +1,4 @@
-"""Decoder socket: a grid of looked-up features `[B, D, rows, columns]` to pixels `[B, 3, H, W]`."""
+"""Decoder socket: what the resampler restores, mostly a grid `[B, D, rows, columns]`, to pixels `[B, 3, H, W]`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,22 @@ from unimm.nn.conv import ChannelsToSpace, ResidualBlock, check_channels
 from unimm.nn.positions import sincos_2d
 
 
+class DecoderOptions:
+    """What the codec asks of any decoder's config besides `in_width` and `upsample`."""
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether the output is a picture; else it is features, for something else to draw from."""
+        return True
+
+    @property
+    def condition_size(self) -> tuple[int, int] | None:
+        """(tokens, width) of the condition that decoding needs, if it needs one."""
+        return None
+
+
 @dataclass(frozen=True)
-class ConvDecoderConfig:
+class ConvDecoderConfig(DecoderOptions):
     """Mirror of the convolutional encoder.
 
     Args:
@@ -31,7 +45,7 @@ class ConvDecoderConfig:
         return self.patch * 2 ** (len(self.channels) - 1)
 
     @property
-    def width(self) -> int:
+    def in_width(self) -> int:
         return self.channels[0]
 
 
@@ -41,7 +55,7 @@ class ConvDecoder(nn.Module):
     def __init__(self, config: ConvDecoderConfig) -> None:
         super().__init__()
         check_channels(config.channels)
-        layers: list[nn.Module] = [nn.Conv2d(config.width, config.width, 3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(config.in_width, config.in_width, 3, padding=1)]
         for stage, width in enumerate(config.channels):
             if stage:
                 layers.append(ChannelsToSpace(config.channels[stage - 1], width, 2))
@@ -55,7 +69,7 @@ class ConvDecoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class ViTDecoderConfig:
+class ViTDecoderConfig(DecoderOptions):
     """Transformer that predicts one square patch per position; fields as in the ViT encoder."""
 
     patch: int = 16
@@ -66,6 +80,10 @@ class ViTDecoderConfig:
     @property
     def upsample(self) -> int:
         return self.patch
+
+    @property
+    def in_width(self) -> int:
+        return self.width
 
 
 class ViTDecoder(nn.Module):
@@ -84,10 +102,3 @@ class ViTDecoder(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.to_pixels(self.norm(hidden.transpose(1, 2).reshape(batch, width, rows, columns)))
-
-
-DecoderConfig = ConvDecoderConfig | ViTDecoderConfig
-DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
-    "conv": (ConvDecoderConfig, ConvDecoder),
-    "vit": (ViTDecoderConfig, ViTDecoder),
-}

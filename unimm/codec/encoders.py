@@ -10,7 +10,7 @@ from torch import nn
 
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock, SpaceToChannels, check_channels
-from unimm.nn.positions import sincos_2d
+from unimm.nn.positions import resized_table, sincos_2d
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 FAINT = 0.1  # of the range [-1, 1]: a contrast that is not stretched any further
@@ -105,12 +105,26 @@ class ViTEncoderConfig:
         width: D.
         depth: blocks.
         num_heads: attention heads.
+        mlp_width: of the blocks; None for 4 times `width`.
+        eps: of every norm.
+        table_side: learned positions of a square grid of this side, resized to the grid of the picture (X-Omni,
+            2507.22058); 0 for sines and cosines, which have no size.
+        final_norm: whether a norm ends the tower.
+        tanh_gelu: whether GELU is computed by its tanh formula (SigLIP).
+        mean, std: of pixels; the tower sees their distance from `mean` in units of `std`.
     """
 
     patch: int = 16
     width: int = 256
     depth: int = 6
     num_heads: int = 4
+    mlp_width: int | None = None
+    eps: float = 1e-5
+    table_side: int = 0
+    final_norm: bool = True
+    tanh_gelu: bool = False
+    mean: float = 0.0
+    std: float = 1.0
 
     @property
     def downsample(self) -> int:
@@ -118,21 +132,61 @@ class ViTEncoderConfig:
 
 
 class ViTEncoder(nn.Module):
-    """The ViT encoder of ViT-VQGAN (2110.04627), with sine-cosine positions of any grid."""
+    """The ViT encoder of ViT-VQGAN (2110.04627), with positions for any grid."""
 
     def __init__(self, config: ViTEncoderConfig) -> None:
         super().__init__()
         self.patches = SpaceToChannels(3, config.width, config.patch)
-        self.blocks = nn.ModuleList(TransformerBlock(config.width, config.num_heads) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width)
+        self.mean, self.std = config.mean, config.std
+        self.table: nn.Parameter | None = None
+        if config.table_side:
+            self.table = nn.Parameter(torch.randn(config.table_side**2, config.width) * 0.02)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                config.width,
+                config.num_heads,
+                mlp_width=config.mlp_width,
+                eps=config.eps,
+                tanh_gelu=config.tanh_gelu,
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=config.eps) if config.final_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        grid = self.patches(pixel_values)  # [B, D, rows, columns]
+        grid = self.patches((pixel_values - self.mean) / self.std)  # [B, D, rows, columns]
         batch, width, rows, columns = grid.shape
-        hidden = grid.flatten(2).transpose(1, 2) + sincos_2d(rows, columns, width, grid.device).to(grid.dtype)
+        if self.table is None:
+            positions = sincos_2d(rows, columns, width, grid.device)
+        else:
+            positions = resized_table(self.table, rows, columns)
+        hidden = grid.flatten(2).transpose(1, 2) + positions.to(grid.dtype)
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden).transpose(1, 2).reshape(batch, width, rows, columns)
+
+
+@dataclass(frozen=True)
+class PatchEncoderConfig:
+    """One linear map of square patches of `patch` pixels a side; what looks at them together is the resampler."""
+
+    patch: int = 16
+    width: int = 512
+
+    @property
+    def downsample(self) -> int:
+        return self.patch
+
+
+class PatchEncoder(nn.Module):
+    """Patches and nothing else."""
+
+    def __init__(self, config: PatchEncoderConfig) -> None:
+        super().__init__()
+        self.patches = SpaceToChannels(3, config.width, config.patch)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.patches(pixel_values)
 
 
 @dataclass(frozen=True)
@@ -198,12 +252,3 @@ def stretched_luminance(pixel_values: torch.Tensor, patch: int) -> torch.Tensor:
     contrast = (brightest - darkest).clamp_min(FAINT)
     scale, shift = (F.interpolate(cells, scale_factor=patch) for cells in (1 / contrast, darkest))
     return (luminance - shift) * scale
-
-
-EncoderConfig = ConvEncoderConfig | LocalEncoderConfig | FormAndPaletteConfig | ViTEncoderConfig
-ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
-    "conv": (ConvEncoderConfig, ConvEncoder),
-    "local": (LocalEncoderConfig, LocalEncoder),
-    "form_and_palette": (FormAndPaletteConfig, FormAndPaletteEncoder),
-    "vit": (ViTEncoderConfig, ViTEncoder),
-}

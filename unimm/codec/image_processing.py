@@ -9,12 +9,15 @@ from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ImageInput
 
+from unimm.codec.configuration import VisualCodecConfig
+
 WHITE = (255, 255, 255)
 
 
 class VisualCodecImageProcessor(PilBackend):
-    """Centre-crop to a square, resize to `size`, scale to [-1, 1].
+    """Centre-crop to a square, resize to `size`, scale to [-1, 1] or as `image_mean` and `image_std` say.
 
+    With `any_shape`, the arguments of `any_shape_size`, pictures keep their shape and are resized to that size.
     Alpha is laid over white; 16-bit, palette and CMYK pictures are converted; an animation gives its first frame.
     """
 
@@ -24,16 +27,62 @@ class VisualCodecImageProcessor(PilBackend):
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
+    any_shape: dict[str, Any] | None = None
+
+    @classmethod
+    def for_codec(cls, config: VisualCodecConfig, any_shape: dict[str, Any] | None = None) -> VisualCodecImageProcessor:
+        """The processor that gives a codec its size, or pictures of any shape, and its range of pixels."""
+        black, white = config.pixel_range
+        spread = 1 / (white - black)
+        return cls(
+            size={"height": config.image_size, "width": config.image_size},
+            image_mean=[-black * spread] * 3,
+            image_std=[spread] * 3,
+            any_shape=any_shape,
+        )
 
     def process_image(self, image: ImageInput, *args: Any, **kwargs: Any) -> np.ndarray:
         """One picture to uint8 `[3, H, W]` of the codec's size."""
         if not isinstance(image, Image.Image):
             image = array_to_picture(super().process_image(image, *args, **kwargs))
+        if self.any_shape is not None:
+            picture = to_rgb(image)
+            target = any_shape_size(picture.width, picture.height, **self.any_shape)
+            return np.asarray(picture.resize(target, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         height, width = self.size["height"], self.size["width"]
         picture = centre_square(to_rgb(image))
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)
         return np.asarray(picture).transpose(2, 0, 1)
+
+
+def any_shape_size(
+    width: int,
+    height: int,
+    *,
+    short_size: int = 384,
+    long_size: int = 1152,
+    patch_size: int = 16,
+    min_short_size: int = 128,
+    max_aspect_ratio: float = 3.0,
+) -> tuple[int, int]:
+    """The (width, height) a picture is resized to by X-Omni (2507.22058), whose defaults these are.
+
+    A small picture grows until its short side is `short_size`, a large one shrinks until its long side is `long_size`,
+    and both sides go to the nearest multiple of `patch_size`.
+
+    Raises:
+        ValueError: a picture that is too small or too elongated.
+    """
+    short, long = sorted((width, height))
+    if short < min_short_size or long / short > max_aspect_ratio:
+        raise ValueError(
+            f"The picture is {width} x {height}; its short side must have at least {min_short_size} pixels and "
+            f"its long side at most {max_aspect_ratio:g} times as many. Crop it."
+        )
+    scale = max(1.0, short_size / short)
+    scale = min(scale, long_size / long)
+    return round(width * scale / patch_size) * patch_size, round(height * scale / patch_size) * patch_size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -6,25 +6,50 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """How the codes of one picture lie.
+
+    Args:
+        rows, columns: of the codes; a sequence is one row.
+        pool: cells of the encoder's grid, per side, that were averaged into one position.
+    """
+
+    rows: int
+    columns: int
+    pool: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.rows * self.columns
+
+
 class LengthPolicy(ABC):
-    """Says which (rows, columns) grids are legal."""
+    """Says which (rows, columns) grids are legal, and how many positions a picture becomes."""
 
     @abstractmethod
     def grids(self) -> list[tuple[int, int]]:
-        """Every legal (rows, columns)."""
+        """Every legal (rows, columns) of the encoder's grid."""
+
+    def takes(self, grid: tuple[int, int]) -> bool:
+        return grid in self.grids()
+
+    @property
+    def layout(self) -> str:
+        return "grid"
 
     @property
     def max_length(self) -> int:
         return max(rows * columns for rows, columns in self.grids())
 
     def grid(self, height: int, width: int, downsample: int) -> tuple[int, int]:
-        """The grid of a picture of `height` x `width` pixels.
+        """The encoder's grid of a picture of `height` x `width` pixels.
 
         Raises:
             ValueError: the codec cannot take this size.
         """
         found = (height // downsample, width // downsample)
-        if height % downsample or width % downsample or found not in self.grids():
+        if height % downsample or width % downsample or not self.takes(found):
             legal = [f"{rows * downsample} x {columns * downsample}" for rows, columns in self.grids()]
             shown = ", ".join(legal[:8]) + (", ..." if len(legal) > 8 else "")
             raise ValueError(
@@ -32,6 +57,23 @@ class LengthPolicy(ABC):
                 "Its image processor resizes pictures to a legal size."
             )
         return found
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        """How the codes of a picture with this encoder grid lie.
+
+        Raises:
+            ValueError: the codec cannot make `num_tokens` of it.
+        """
+        if num_tokens is not None and num_tokens != grid[0] * grid[1]:
+            raise ValueError(
+                f"num_tokens is {num_tokens}; this codec always makes {grid[0] * grid[1]} of such a picture."
+            )
+        return Arrangement(*grid)
+
+    def check_length(self, length: int) -> None:
+        """Raise `ValueError` where no picture of this codec has `length` codes."""
+        if not 1 <= length <= self.max_length:
+            raise ValueError(f"There are {length} codes per picture; this codec decodes 1 to {self.max_length}.")
 
 
 @dataclass(frozen=True)
@@ -57,5 +99,79 @@ class ResolutionLength(LengthPolicy):
         sides = range(self.min_side, self.max_side + 1)
         return [(rows, columns) for rows in sides for columns in sides if rows * columns <= self.max_positions]
 
+    def takes(self, grid: tuple[int, int]) -> bool:
+        sides_fit = all(self.min_side <= side <= self.max_side for side in grid)
+        return sides_fit and grid[0] * grid[1] <= self.max_positions
 
-LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {"fixed": FixedLength, "resolution": ResolutionLength}
+
+@dataclass(frozen=True)
+class SequenceLength(LengthPolicy):
+    """A picture of one size becomes a sequence.
+
+    Args:
+        rows, columns: of the encoder's grid.
+        tokens: length of the sequence.
+        prefixes: whether the first codes alone stand for the picture too, more coarsely (One-D-Piece, 2501.10064).
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    prefixes: bool = False
+
+    def grids(self) -> list[tuple[int, int]]:
+        return [(self.rows, self.columns)]
+
+    @property
+    def layout(self) -> str:
+        return "sequence"
+
+    @property
+    def max_length(self) -> int:
+        return self.tokens
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        length = self.tokens if num_tokens is None else num_tokens
+        self.check_length(length)
+        return Arrangement(1, length)
+
+    def check_length(self, length: int) -> None:
+        shortest = 1 if self.prefixes else self.tokens
+        if not shortest <= length <= self.tokens:
+            legal = f"1 to {self.tokens}" if self.prefixes else f"exactly {self.tokens}"
+            raise ValueError(f"There are {length} codes per picture; this codec makes and decodes {legal}.")
+
+
+@dataclass(frozen=True)
+class PooledLength(LengthPolicy):
+    """A picture of one size at several lengths: its grid averaged by each factor of `pools` (TA-Tok, 2506.18898)."""
+
+    rows: int
+    columns: int
+    pools: tuple[int, ...] = (1, 2, 3)
+
+    def grids(self) -> list[tuple[int, int]]:
+        return [(self.rows, self.columns)]
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        arrangements = {found.length: found for found in self._arrangements()}
+        wanted = max(arrangements) if num_tokens is None else num_tokens
+        if wanted not in arrangements:
+            legal = ", ".join(map(str, sorted(arrangements)))
+            raise ValueError(f"num_tokens is {num_tokens}; this codec makes {legal} of a picture.")
+        return arrangements[wanted]
+
+    def check_length(self, length: int) -> None:
+        self.arrange((self.rows, self.columns), length)
+
+    def _arrangements(self) -> list[Arrangement]:
+        fitting = [pool for pool in self.pools if pool <= min(self.rows, self.columns)]
+        return [Arrangement(self.rows // pool, self.columns // pool, pool) for pool in fitting]
+
+
+LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {
+    "fixed": FixedLength,
+    "resolution": ResolutionLength,
+    "sequence": SequenceLength,
+    "pooled": PooledLength,
+}

@@ -6,19 +6,24 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from unimm.codec.configuration import VisualCodecConfig, socket_config
-from unimm.codec.decoders import DECODERS
-from unimm.codec.encoders import ENCODERS
+from unimm.codec.decoders import DecoderOptions
+from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantizer
-from unimm.codec.resamplers import RESAMPLERS, GridResampler
+from unimm.codec.resamplers import Resampler
+from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock
+from unimm.nn.pyramid import PyramidBlock
+
+SLACK = 0.01  # beyond the range of pixels, for resampled pictures
 
 
 @dataclass
@@ -39,8 +44,8 @@ class CodecOutput(ModelOutput):
 class VisualCodecModel(PreTrainedModel):
     """A visual tokenizer: Encoder -> Resampler -> Quantizer -> LengthPolicy -> Decoder.
 
-    Pixels are float `[B, 3, H, W]` in [-1, 1]. All weights stay in float32 under a half-precision load, since rounding
-    the encoder flips codes.
+    Pixels are float `[B, 3, H, W]` in `config.pixel_range`, [-1, 1] unless a published codec has another. All weights
+    stay in float32 under a half-precision load, since rounding the encoder flips codes.
     """
 
     config_class = VisualCodecConfig
@@ -53,20 +58,21 @@ class VisualCodecModel(PreTrainedModel):
 
     config: VisualCodecConfig
     quantizer: Quantizer
-    resampler: GridResampler
+    resampler: Resampler
 
     def __init__(self, config: VisualCodecConfig) -> None:
         super().__init__(config)
         encoder, resampler = socket_config("encoder", config.encoder), socket_config("resampler", config.resampler)
-        decoder = socket_config("decoder", config.decoder)
+        decoder: DecoderOptions = socket_config("decoder", config.decoder)
         self.encoder = ENCODERS[config.encoder["kind"]][1](encoder)
         self.resampler = RESAMPLERS[config.resampler["kind"]][1](
-            resampler, encoder_width=encoder.width, decoder_width=decoder.width
+            resampler, encoder_width=encoder.width, decoder_width=decoder.in_width
         )
         quantizer_class = QUANTIZERS[config.quantizer["kind"]][1]
         self.quantizer = quantizer_class(socket_config("quantizer", config.quantizer), dim=resampler.dim)
         self.length = config.length_policy
         self.decoder = DECODERS[config.decoder["kind"]][1](decoder)
+        self.decoder_options = decoder
         self.dim = resampler.dim
         self.post_init()
 
@@ -74,20 +80,19 @@ class VisualCodecModel(PreTrainedModel):
         """Codes of a batch of pictures.
 
         Args:
-            pixel_values: float `[B, 3, H, W]` in [-1, 1].
-            num_tokens: the number of positions wanted; this codec's is fixed by the size of the picture.
+            pixel_values: float `[B, 3, H, W]` in `config.pixel_range`.
+            num_tokens: the number of positions wanted; by default as many as the codec makes of this size.
 
         Raises:
-            ValueError: wrong shape or range, a size the codec cannot take, or another `num_tokens` than the size gives.
+            ValueError: wrong shape or range, a size the codec cannot take, or a `num_tokens` it cannot make of it.
         """
-        grid = self._check_pixels(pixel_values)
-        if num_tokens is not None and num_tokens != grid[0] * grid[1]:
-            raise ValueError(
-                f"num_tokens is {num_tokens}; this codec always makes {grid[0] * grid[1]} of such a picture."
-            )
+        pixel_values = self._fit(pixel_values)
+        arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
         with torch.no_grad():
-            ids = self.quantizer(self._positions(pixel_values)).ids
-        return VisualCodes.from_grid(ids.unflatten(1, grid))
+            ids = self.quantizer(self._positions(pixel_values, arrangement.pool)).ids[:, : arrangement.length]
+        if self.length.layout == "grid":
+            return VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
+        return VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool))
 
     def lookup(self, codes: VisualCodes) -> torch.Tensor:
         """The vectors that the codes stand for, float32 `[B, N, D]`."""
@@ -98,27 +103,43 @@ class VisualCodecModel(PreTrainedModel):
         """What each code of each slot stands for, K times float32 `[size, D of the slot]`."""
         return self.quantizer.code_vectors()
 
-    def decode(self, codes: VisualCodes) -> torch.Tensor:
-        """Pictures `[B, 3, H, W]` in [-1, 1].
+    def decode(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Pictures `[B, 3, H, W]`, about `config.pixel_range` and not clamped; of a codec without pixels, its features.
+
+        Args:
+            condition: float `[B, L, D]` text features, for decoders that draw under a text.
 
         Raises:
-            ValueError: ids out of range, or grids that differ within the batch.
+            ValueError: ids out of range, codes of several sizes, or a condition that is missing or not wanted.
         """
-        if codes.grid is None or len(set(codes.grid)) != 1:
-            raise ValueError(f"Codes have grids {codes.grid}; decode pictures of one (rows, columns) at a time.")
+        grid = self._check_codes(codes)
+        self._check_condition(condition, len(codes))
         with torch.no_grad():
-            return self._pixels(self.lookup(codes), codes.grid[0]).clamp(-1, 1)
+            return self._draw(self.lookup(codes), grid, condition)
 
-    def reconstruct(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def pictures(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """What to show: pictures `[B, 3, H, W]` in [-1, 1], whatever the codec's own range of pixels.
+
+        Raises:
+            ValueError: as `decode`, or a codec that decodes to features and needs a detokenizer to draw.
+        """
+        if not self.decoder_options.makes_pixels:
+            raise ValueError("This codec decodes to features, not to pixels; draw its codes with a detokenizer.")
+        black, white = self.config.pixel_range
+        return ((self.decode(codes, condition=condition) - black) * (2 / (white - black)) - 1).clamp(-1, 1)
+
+    def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """One trip through the codes: `decode(encode(pixel_values))`."""
-        return self.decode(self.encode(pixel_values))
+        return self.decode(self.encode(pixel_values), condition=condition)
 
-    def forward(self, pixel_values: torch.Tensor) -> CodecOutput:
+    def forward(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> CodecOutput:
         """A differentiable trip through the quantizer, for training."""
-        grid = self._check_pixels(pixel_values)
-        quantized = self.quantizer(self._positions(pixel_values))
+        pixel_values = self._fit(pixel_values)
+        arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), None)
+        self._check_condition(condition, len(pixel_values))
+        quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
         return CodecOutput(
-            reconstruction=self._pixels(quantized.vectors, grid),
+            reconstruction=self._draw(quantized.vectors, (arrangement.rows, arrangement.columns), condition),
             ids=quantized.ids,
             quantizer_loss=quantized.loss,
         )
@@ -131,7 +152,7 @@ class VisualCodecModel(PreTrainedModel):
 
     @property
     def spec_without_fingerprint(self) -> CodeSpec:
-        return CodeSpec(self.quantizer.sizes, "grid", self.length.max_length, self.dim)
+        return CodeSpec(self.quantizer.sizes, self.length.layout, self.length.max_length, self.dim)
 
     def fingerprint(self) -> str:
         """Digest of the weights, the same for equal weights on any device or machine."""
@@ -141,11 +162,39 @@ class VisualCodecModel(PreTrainedModel):
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _positions(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.resampler.sample(self.encoder(pixel_values.to(self.dtype)))
+    def _positions(self, pixel_values: torch.Tensor, pool: int = 1) -> torch.Tensor:
+        return self.resampler.sample(self.encoder(pixel_values.to(self.dtype)), pool)
 
-    def _pixels(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        return self.decoder(self.resampler.restore(vectors, grid))
+    def _draw(self, vectors: torch.Tensor, grid: tuple[int, int], condition: torch.Tensor | None) -> torch.Tensor:
+        restored = self.resampler.restore(vectors, grid)
+        return self.decoder(restored) if condition is None else self.decoder(restored, condition.to(restored.dtype))
+
+    def _check_codes(self, codes: VisualCodes) -> tuple[int, int]:
+        if self.length.layout != "grid":
+            if not bool(codes.mask.all()):
+                raise ValueError(f"Codes have lengths {codes.lengths.tolist()}; decode one length at a time.")
+            self.length.check_length(codes.ids.shape[1])
+            return 1, codes.ids.shape[1]
+        if codes.grid is None or len(set(codes.grid)) != 1:
+            raise ValueError(f"Codes have grids {codes.grid}; decode pictures of one (rows, columns) at a time.")
+        return codes.grid[0]
+
+    def _check_condition(self, condition: torch.Tensor | None, batch: int) -> None:
+        size = self.decoder_options.condition_size
+        if size is None and condition is not None:
+            raise ValueError(f"This codec takes no condition, and one of {tuple(condition.shape)} was given.")
+        if size is not None and (condition is None or condition.shape != (batch, *size)):
+            seen = "missing" if condition is None else str(tuple(condition.shape))
+            raise ValueError(
+                f"This codec decodes under a text, and its features are {seen}; "
+                f"give condition=, floats {(batch, *size)}."
+            )
+
+    def _fit(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        side = self.config.image_size
+        if not self.config.resize or pixel_values.ndim != 4 or pixel_values.shape[2:] == (side, side):
+            return pixel_values
+        return F.interpolate(pixel_values, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
@@ -154,10 +203,12 @@ class VisualCodecModel(PreTrainedModel):
                 "Use the codec's image processor."
             )
         low, high = pixel_values.aminmax()
-        if not -1.01 <= float(low) <= float(high) <= 1.01:
+        black, white = self.config.pixel_range
+        if not black - SLACK <= float(low) <= float(high) <= white + SLACK:
             raise ValueError(
-                f"pixel_values range over [{float(low):.2f}, {float(high):.2f}]; the codec takes [-1, 1]. "
-                "Use the codec's image processor, or scale by 2 * x / 255 - 1."
+                f"pixel_values range over [{float(low):.2f}, {float(high):.2f}]; the codec takes "
+                f"[{black:g}, {white:g}]. Use the codec's image processor, or scale by "
+                f"{white - black:g} * x / 255 {black:+g}."
             )
         return self.length.grid(pixel_values.shape[2], pixel_values.shape[3], self.config.downsample)
 
@@ -167,7 +218,7 @@ class VisualCodecModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        if isinstance(module, (LocalBlock, ResidualBlock)):
+        if isinstance(module, (LocalBlock, PyramidBlock, ResidualBlock)):
             init.zeros_(module.conv_out.weight)
         if isinstance(module, TransformerBlock):
             init.zeros_(module.attention.out.weight)

@@ -31,26 +31,36 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a GELU between them, exact or by its tanh formula."""
 
-    def __init__(self, width: int, expansion: int = 4) -> None:
+    def __init__(self, width: int, hidden_width: int | None = None, *, tanh_gelu: bool = False) -> None:
         super().__init__()
-        self.up = nn.Linear(width, expansion * width)
-        self.down = nn.Linear(expansion * width, width)
+        self.approximate = "tanh" if tanh_gelu else "none"
+        hidden_width = hidden_width or 4 * width
+        self.up = nn.Linear(width, hidden_width)
+        self.down = nn.Linear(hidden_width, width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(hidden)))
+        return self.down(F.gelu(self.up(hidden), approximate=self.approximate))
 
 
 class TransformerBlock(nn.Module):
-    """LayerNorm, attention, residual; LayerNorm, MLP, residual."""
+    """LayerNorm, attention, residual; LayerNorm, MLP, residual. The MLP is `mlp_width` wide, by default 4 `width`."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_width: int | None = None,
+        eps: float = 1e-5,
+        tanh_gelu: bool = False,
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, num_heads)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp_norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, mlp_width, tanh_gelu=tanh_gelu)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def sincos_2d(rows: int, columns: int, width: int, device: torch.device) -> torch.Tensor:
@@ -21,3 +22,13 @@ def sincos_2d(rows: int, columns: int, width: int, device: torch.device) -> torc
     row_part = torch.cat([row_angles.sin(), row_angles.cos()], dim=-1)[:, None].expand(-1, columns, -1)
     column_part = torch.cat([column_angles.sin(), column_angles.cos()], dim=-1)[None].expand(rows, -1, -1)
     return torch.cat([row_part, column_part], dim=-1).reshape(rows * columns, width)
+
+
+def resized_table(table: torch.Tensor, rows: int, columns: int, *, antialias: bool = False) -> torch.Tensor:
+    """Learned positions `[side * side, width]` of a square grid, resized bilinearly to `[rows * columns, width]`."""
+    side = round(len(table) ** 0.5)
+    if (rows, columns) == (side, side):
+        return table
+    square = table.T.unflatten(1, (side, side))[None]
+    resized = F.interpolate(square, (rows, columns), mode="bilinear", align_corners=False, antialias=antialias)
+    return resized[0].flatten(1).T

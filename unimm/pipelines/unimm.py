@@ -229,7 +229,7 @@ class UniMM:
                 images = self.detokenizer(placed, num_inference_steps=diffusion_steps, generator=generator).images
                 pictures.append(Picture(images[0], single))
                 continue
-            pixels = self.model.codec.decode(placed)[0]
+            pixels = self.model.codec.pictures(placed)[0]
             levels = ((pixels.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
             pictures.append(Picture(Image.fromarray(np.ascontiguousarray(levels)), single))
         return pictures

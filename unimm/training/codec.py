@@ -83,8 +83,7 @@ class CodecTask:
 
     def save(self, path: Path) -> None:
         self.codec.eval().to(memory_format=torch.contiguous_format).save_pretrained(path)
-        size = {"height": self.codec.config.image_size, "width": self.codec.config.image_size}
-        VisualCodecImageProcessor(size=size).save_pretrained(path)
+        VisualCodecImageProcessor.for_codec(self.codec.config).save_pretrained(path)
 
 
 def reconstruction_losses(

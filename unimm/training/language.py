@@ -342,10 +342,9 @@ def load_model(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, U
 
 def processor_for(tokenizer: PreTrainedTokenizerBase, codec: VisualCodecModel) -> UniMMProcessor:
     """The processor of a text vocabulary and a codec."""
-    size = {"height": codec.config.image_size, "width": codec.config.image_size}
     return UniMMProcessor.from_tokenizer(
         tokenizer,
-        VisualCodecImageProcessor(size=size),
+        VisualCodecImageProcessor.for_codec(codec.config),
         grids=codec.config.length_policy.grids(),
         codebook_sizes=codec.spec_without_fingerprint.sizes,
         downsample=codec.config.downsample,

@@ -247,7 +247,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         for span in pictures:
             ids = torch.tensor(span.codes, device=self.codec.device)[None]  # [1, N, K]
             grid = [span.grid] if span.grid else None
-            decoded.append(self.codec.decode(VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool), grid)))
+            decoded.append(self.codec.pictures(VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool), grid)))
         return torch.cat(decoded)
 
     @torch.no_grad()
@@ -277,10 +277,9 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         """
         backbone = AutoModelForCausalLM.from_pretrained(llm) if isinstance(llm, str) else llm
         embedding = backbone.get_input_embeddings().weight.data
-        size = {"height": codec.config.image_size, "width": codec.config.image_size}
         processor = UniMMProcessor.from_tokenizer(
             tokenizer,
-            VisualCodecImageProcessor(size=size),
+            VisualCodecImageProcessor.for_codec(codec.config),
             grids=codec.config.length_policy.grids(),
             codebook_sizes=codec.spec_without_fingerprint.sizes,
             downsample=codec.config.downsample,

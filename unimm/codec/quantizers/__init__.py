@@ -3,12 +3,14 @@
 from unimm.codec.quantizers.base import Quantized, Quantizer
 from unimm.codec.quantizers.product import ProductVQ, ProductVQConfig
 from unimm.codec.quantizers.scalar import FSQ, FSQConfig
+from unimm.codec.quantizers.sign import SignConfig, SignQuantizer
 from unimm.codec.quantizers.vector import VQ, VQConfig
 
 QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
     "vq": (VQConfig, VQ),
     "fsq": (FSQConfig, FSQ),
     "product": (ProductVQConfig, ProductVQ),
+    "sign": (SignConfig, SignQuantizer),
 }
 
 __all__ = [
@@ -20,5 +22,7 @@ __all__ = [
     "ProductVQConfig",
     "Quantized",
     "Quantizer",
+    "SignConfig",
+    "SignQuantizer",
     "VQConfig",
 ]

@@ -10,7 +10,8 @@ from torch import nn
 
 from unimm.codec.quantizers.base import Quantized, Quantizer, straight_through
 
-SEARCH_CHUNK = 4096  # rows of the distance matrix held at once
+SEARCH_SCORES = 2**26  # scores held at once, 256 MiB
+METRICS = ("l2", "dot")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class VQConfig:
         ema_decay: rows follow a moving average of the vectors they stand for (1906.00446); None trains them by
             gradient.
         commitment: weight of the pull of the vectors towards their rows.
+        project: whether linear maps lead to the rows and back; without them the vectors must be `dim` wide.
+        metric: nearest by distance (`l2`) or by dot product (`dot`, IBQ, 2412.02692); the same once normalised.
+        raw_lookup: codes stand for the stored rows even where the search normalises them (X-Omni, 2507.22058).
+        map_rows: the rows are a linear map of the stored table, which stays as it was drawn (SimVQ, 2411.02038).
         restart_below: a row that an EMA codebook used less than this (average count per step) moves to a random
             vector of the batch; 0 never restarts.
     """
@@ -34,13 +39,18 @@ class VQConfig:
     ema_decay: float | None = None
     commitment: float = 0.25
     restart_below: float = 0.0
+    project: bool = True
+    metric: str = "l2"
+    raw_lookup: bool = False
+    map_rows: bool = False
 
 
 class VQ(Quantizer):
     """One code per position.
 
     Raises:
-        ValueError: fewer than two rows, or a restart threshold without EMA counts.
+        ValueError: fewer than two rows, a restart threshold without EMA counts, an unknown metric, vectors of another
+            width than the rows without projection, or mapped rows that would follow an EMA.
     """
 
     usage: torch.Tensor
@@ -52,28 +62,42 @@ class VQ(Quantizer):
             raise ValueError(f"size is {config.size}; a codebook needs at least 2 rows.")
         if config.restart_below and config.ema_decay is None:
             raise ValueError("restart_below counts usage by EMA; set ema_decay (for example 0.99) or restart_below: 0.")
+        if config.metric not in METRICS:
+            raise ValueError(f"metric is {config.metric!r}; it must be one of {', '.join(METRICS)}.")
+        if not config.project and dim != config.dim:
+            raise ValueError(f"Vectors are {dim} wide and rows {config.dim}; make them equal, or set project: true.")
+        if config.map_rows and config.ema_decay is not None:
+            raise ValueError("map_rows trains the map alone; set ema_decay: null, or map_rows: false.")
         self.config = config
         self.sizes = (config.size,)
-        self.to_rows = nn.Linear(dim, config.dim)
-        self.to_vectors = nn.Linear(config.dim, dim)
-        self.codebook = nn.Parameter(torch.randn(config.size, config.dim), requires_grad=config.ema_decay is None)
+        self.to_rows = nn.Linear(dim, config.dim) if config.project else nn.Identity()
+        self.to_vectors = nn.Linear(config.dim, dim) if config.project else nn.Identity()
+        self.row_map = nn.Linear(config.dim, config.dim) if config.map_rows else nn.Identity()
+        trains_rows = config.ema_decay is None and not config.map_rows
+        self.codebook = nn.Parameter(torch.randn(config.size, config.dim), requires_grad=trains_rows)
         if config.ema_decay is not None:
             self.register_buffer("usage", torch.ones(config.size))
             self.register_buffer("sums", self.codebook.detach().clone())
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
-        latents, rows = self._normalized(self.to_rows(vectors)), self._normalized(self.codebook)
-        ids = nearest_rows(latents.detach().flatten(0, 1), rows.detach()).view(latents.shape[:2])
+        latents, rows = self._normalized(self.to_rows(vectors)), self._normalized(self.row_map(self.codebook))
+        search = best_rows if self.config.metric == "dot" else nearest_rows
+        ids = search(latents.detach().flatten(0, 1), rows.detach()).view(latents.shape[:2])
         chosen = F.embedding(ids, rows)
         loss = self.config.commitment * F.mse_loss(latents, chosen.detach())
         if self.config.ema_decay is None:
             loss = loss + F.mse_loss(chosen, latents.detach())
         elif self.training:
             self._follow(latents.detach().flatten(0, 1), ids.flatten(), self.config.ema_decay)
-        return Quantized(ids[..., None], self.to_vectors(straight_through(latents, chosen)), loss)
+        read = F.embedding(ids, self._rows_of_codes())
+        return Quantized(ids[..., None], self.to_vectors(straight_through(latents, read)), loss)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.to_vectors(F.embedding(ids[..., 0], self._normalized(self.codebook)))
+        return self.to_vectors(F.embedding(ids[..., 0], self._rows_of_codes()))
+
+    def _rows_of_codes(self) -> torch.Tensor:
+        rows = self.row_map(self.codebook)
+        return rows if self.config.raw_lookup else self._normalized(rows)
 
     def _normalized(self, rows: torch.Tensor) -> torch.Tensor:
         return F.normalize(rows, dim=-1) if self.config.normalize else rows
@@ -94,4 +118,13 @@ class VQ(Quantizer):
 def nearest_rows(vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Index of the row of smallest Euclidean distance, int64 `[M]`, for `[M, D]` vectors and `[S, D]` rows."""
     half_norms = rows.square().sum(dim=1) / 2
-    return torch.cat([(chunk @ rows.T - half_norms).argmax(dim=1) for chunk in vectors.split(SEARCH_CHUNK)])
+    return torch.cat([(chunk @ rows.T - half_norms).argmax(dim=1) for chunk in vectors.split(_chunk(rows))])
+
+
+def best_rows(vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Index of the row of largest dot product, shapes as in `nearest_rows`."""
+    return torch.cat([(chunk @ rows.T).argmax(dim=1) for chunk in vectors.split(_chunk(rows))])
+
+
+def _chunk(rows: torch.Tensor) -> int:
+    return max(1, SEARCH_SCORES // len(rows))

@@ -1,0 +1,279 @@
+"""Every converter against outputs of its reference, at tiny size; a new system is one line of the registry."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModel
+
+from unimm import VisualCodecImageProcessor, VisualCodes
+from unimm.cli.main import main
+from unimm.codec.image_processing import any_shape_size
+from unimm.conversion import UPSTREAMS, convert, find_upstream
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+OUTPUTS = ("reconstruction", "decoded", "features")  # what decoding gives, by upstream's name
+TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """Converts each system once: system -> folder."""
+    root, done = tmp_path_factory.mktemp("converted"), {}
+
+    def folder(system):
+        if system not in done:
+            done[system] = convert(system, GOLDEN / system, root / system, accept_licence=True).target
+        return done[system]
+
+    return folder
+
+
+def reference(system):
+    return load_file(GOLDEN / system / "io.safetensors")
+
+
+def as_ids(codes):
+    """Upstream's `[B, N]`, `[B, 1, N]`, `[B, h, w]` or, for K codebooks, `[B, K, N]`, as `[B, N]`."""
+    return codes.flatten(1)
+
+
+@pytest.mark.parametrize("system", UPSTREAMS)
+def test_codes_and_output_equal_the_reference(system, converted):
+    codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
+    codes = codec.encode(expected["pixel_values"])
+    assert codes.ids.dtype == torch.int64
+    assert codes.ids.shape[2] == codec.spec.num_codebooks
+    assert codes.ids[..., 0].equal(as_ids(expected["codes"]))
+    if "z_q" in expected:
+        rows = expected["z_q"]
+        rows = rows.flatten(2).transpose(1, 2) if rows.ndim == 4 else rows
+        torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
+    output = next(name for name in OUTPUTS if name in expected)
+    drawn = codec.decode(codes, condition=expected.get("text_guidance"))
+    torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("system", UPSTREAMS)
+def test_codes_survive_saving_and_a_bfloat16_load(system, converted, tmp_path):
+    expected = reference(system)
+    codec = AutoModel.from_pretrained(converted(system), dtype=torch.bfloat16)
+    codec.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.fingerprint() == codec.fingerprint()
+    assert again.encode(expected["pixel_values"]).ids[..., 0].equal(as_ids(expected["codes"]))
+
+
+@pytest.mark.parametrize("system", UPSTREAMS)
+def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
+    codec = AutoModel.from_pretrained(converted(system))
+    processor = AutoImageProcessor.from_pretrained(converted(system))
+    white = torch.full((3, 40, 60), 255, dtype=torch.uint8)
+    pixels = torch.cat([processor(picture, return_tensors="pt")["pixel_values"] for picture in (white, white * 0)])
+    low, high = codec.config.pixel_range
+    torch.testing.assert_close(pixels[0], torch.full_like(pixels[0], high))
+    torch.testing.assert_close(pixels[1], torch.full_like(pixels[1], low))
+    assert (codec.config.pixel_range[0], codec.config.pixel_range[1]) == tuple(
+        json.loads((GOLDEN / system / "config.json").read_text())["pixel_range"]
+    )
+    codec.length.grid(*pixels.shape[2:], codec.config.downsample)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of one fixture to spoil."""
+    folder = tmp_path / "source"
+    shutil.copytree(GOLDEN / "llamagen_vq", folder)
+    return folder
+
+
+def spoil(folder, change):
+    weights = load_file(folder / "weights.safetensors")
+    change(weights)
+    save_file(weights, folder / "weights.safetensors")
+
+
+def test_a_key_that_no_rule_takes_is_named(source, tmp_path):
+    spoil(source, lambda weights: weights.update({"encoder.extra.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"No rule takes 'encoder\.extra\.weight'"):
+        convert("llamagen_vq", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_key_is_named(source, tmp_path):
+    spoil(source, lambda weights: weights.pop("decoder.norm_out.weight"))
+    with pytest.raises(ValueError, match=r"lack what becomes 'decoder\.norm\.weight'"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
+def test_a_shape_that_the_configuration_does_not_give_is_named(source, tmp_path):
+    spoil(source, lambda weights: weights.update({"quantize.embedding.weight": torch.ones(32, 8)}))
+    with pytest.raises(ValueError, match=r"quantizer\.codebook is \(32, 8\) in the weights and \(64, 8\)"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
+def test_the_weights_of_another_system_are_refused(source, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json is of 'llamagen_vq', not of 'ibq'"):
+        convert("ibq", source, tmp_path / "out")
+    shutil.copy(GOLDEN / "ibq" / "weights.safetensors", source)
+    with pytest.raises(ValueError, match="No rule takes"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
+def test_damaged_or_absent_files_are_refused(source, tmp_path):
+    (source / "weights.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        convert("llamagen_vq", source, tmp_path / "out")
+    (source / "weights.safetensors").unlink()
+    (source / "weights.pt").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="can run code when it is read"):
+        convert("llamagen_vq", source, tmp_path / "out")
+    (source / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
+def test_an_incomplete_configuration_names_what_it_lacks(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "ibq", source)
+    fields = json.loads((source / "config.json").read_text())
+    del fields["args"]["ddconfig"]["ch_mult"]
+    (source / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"no 'ddconfig\.ch_mult'"):
+        convert("ibq", source, tmp_path / "out")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(source):
+    with pytest.raises(ValueError, match="exists already"):
+        convert("llamagen_vq", source, source)
+
+
+def test_unknown_systems_get_near_names():
+    with pytest.raises(ValueError, match="Did you mean llamagen"):
+        find_upstream("llama-gen")
+    assert find_upstream("LlamaGen").system == "llamagen_vq"
+
+
+def test_the_command_line_says_what_it_did(source, tmp_path, capsys):
+    assert main(["convert", "llamagen_vq", str(source), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "MIT" in said
+    assert "157 tensors converted" in said
+    assert main(["convert", "lamagen", str(source), str(tmp_path / "other")]) == 2
+    assert "Did you mean" in capsys.readouterr().err
+
+
+def test_inspection_shows_presets_and_converted_codecs(converted, capsys):
+    assert main(["inspect", "codec", "smallest"]) == 0
+    assert main(["inspect", "codec", str(converted("titok_single_stage"))]) == 0
+    said = capsys.readouterr().out
+    assert "quantizer  fsq (levels [4, 4, 4])" in said
+    assert "codes      12 positions, 64, 72 bits" in said
+    assert main(["inspect", "codec", "smalest"]) == 2
+    assert "Did you mean smallest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("system", ["llamagen_vq"])
+def test_wrong_pixels_and_codes_are_refused(system, converted):
+    codec = AutoModel.from_pretrained(converted(system))
+    for pixels in (torch.zeros(1, 4, 16, 16), torch.full((1, 3, 16, 16), 2.0), torch.zeros(1, 3, 15, 16)):
+        with pytest.raises(ValueError, match=r"pixel_values|cannot take"):
+            codec.encode(pixels)
+    with pytest.raises(ValueError, match="range over"):
+        codec.decode(VisualCodes.from_grid(torch.full((1, 4, 4, 1), 64)))
+
+
+def test_a_shorter_one_d_piece_is_the_first_codes(converted):
+    codec, expected = AutoModel.from_pretrained(converted("one_d_piece")), reference("one_d_piece")
+    whole = codec.encode(expected["pixel_values"])
+    for length in (1, 5):
+        short = codec.encode(expected["pixel_values"], num_tokens=length)
+        assert short.ids.equal(whole.ids[:, :length])
+        drawn = codec.decode(short)
+        torch.testing.assert_close(drawn, expected[f"reconstruction_length_{length}"], atol=TOLERANCE, rtol=0)
+    for length in (0, whole.ids.shape[1] + 1):
+        with pytest.raises(ValueError, match="makes and decodes 1 to"):
+            codec.encode(expected["pixel_values"], num_tokens=length)
+
+
+def test_titok_has_one_length(converted):
+    codec, expected = AutoModel.from_pretrained(converted("titok_single_stage")), reference("titok_single_stage")
+    codes = codec.encode(expected["pixel_values"])
+    cut = VisualCodes(codes.ids[:, :5], codes.mask[:, :5])
+    with pytest.raises(ValueError, match="makes and decodes exactly"):
+        codec.decode(cut)
+    padded = VisualCodes(codes.ids, torch.arange(codes.ids.shape[1]) < torch.tensor([[5], [9]]))
+    with pytest.raises(ValueError, match="one length at a time"):
+        codec.decode(padded)
+
+
+def test_ta_titok_draws_under_a_text_and_not_without(converted):
+    codec, expected = AutoModel.from_pretrained(converted("ta_titok")), reference("ta_titok")
+    codes, text = codec.encode(expected["pixel_values"]), expected["text_guidance"]
+    assert not codec.decode(codes, condition=text).equal(codec.decode(codes, condition=text.flip(0)))
+    for condition in (None, text[:, 1:]):
+        with pytest.raises(ValueError, match="decodes under a text"):
+            codec.decode(codes, condition=condition)
+    plain = AutoModel.from_pretrained(converted("titok_single_stage"))
+    with pytest.raises(ValueError, match="takes no condition"):
+        plain.decode(codes, condition=text)
+
+
+def test_xomni_reads_its_own_grid_and_others(converted):
+    codec, expected = AutoModel.from_pretrained(converted("xomni_tokenizer")), reference("xomni_tokenizer")
+    codes = codec.encode(expected["pixel_values_native"])
+    assert codes.ids[..., 0].equal(as_ids(expected["codes_native"]))
+    torch.testing.assert_close(codec.decode(codes), expected["decoded_native"], atol=TOLERANCE, rtol=0)
+    raw = codec.lookup(codes).transpose(1, 2).unflatten(2, codes.grid[0])
+    torch.testing.assert_close(raw, expected["lookup_raw_native"], atol=TOLERANCE, rtol=0)
+
+
+def test_ta_tok_pools_its_grid_and_fits_pictures_to_it(converted):
+    codec, expected = AutoModel.from_pretrained(converted("ta_tok")), reference("ta_tok")
+    for scale in (1, 2):
+        wanted = expected[f"codes_scale_index{scale}"]
+        codes = codec.encode(expected["pixel_values"], num_tokens=wanted.shape[1])
+        assert codes.ids[..., 0].equal(wanted)
+        features = expected[f"features_scale_index{scale}"]
+        torch.testing.assert_close(codec.decode(codes), features, atol=TOLERANCE, rtol=0)
+    other = codec.encode(expected["pixel_values_other_size"])
+    assert other.ids[..., 0].equal(expected["codes_other_size"])
+    with pytest.raises(ValueError, match="this codec makes"):
+        codec.encode(expected["pixel_values"], num_tokens=7)
+
+
+def test_a_restricted_licence_must_be_accepted(tmp_path):
+    with pytest.raises(ValueError, match="--accept-licence"):
+        convert("ta_tok", GOLDEN / "ta_tok", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert("ta_tok", GOLDEN / "ta_tok", tmp_path / "out", accept_licence=True)
+
+
+def test_an_input_statistic_that_the_codec_does_not_hold_is_refused(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "ta_tok", source)
+    spoil(source, lambda weights: weights["scale_layer.shift"].fill_(0.4))
+    with pytest.raises(ValueError, match=r"this converter knows 0\.5 only"):
+        convert("ta_tok", source, tmp_path / "out", accept_licence=True)
+
+
+def test_xomni_keeps_the_shape_of_pictures(tmp_path):
+    expected = reference("xomni_tokenizer")
+    for (width, height), wanted in zip(
+        expected["preprocess_sizes_in"].tolist(), expected["preprocess_sizes_out"].tolist(), strict=True
+    ):
+        if wanted == [0, 0]:
+            with pytest.raises(ValueError, match="Crop it"):
+                any_shape_size(width, height)
+        else:
+            assert list(any_shape_size(width, height)) == wanted
+    arguments = json.loads((GOLDEN / "xomni_tokenizer" / "config.json").read_text())
+    VisualCodecImageProcessor(any_shape=arguments["preprocess_args_for_preprocess_image"]).save_pretrained(tmp_path)
+    processor = VisualCodecImageProcessor.from_pretrained(tmp_path)
+    picture = Image.fromarray(expected["preprocess_image"].numpy())
+    values = processor(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(values, expected["preprocess_pixel_values"], atol=1e-6, rtol=0)

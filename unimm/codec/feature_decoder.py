@@ -1,0 +1,99 @@
+"""Decoders that give features rather than pixels, for a diffusion model or another decoder to draw from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from unimm.codec.decoders import DecoderOptions
+from unimm.nn.blocks import TransformerBlock
+from unimm.nn.positions import resized_table
+from unimm.nn.pyramid import PyramidBlock
+
+
+class FeatureOptions(DecoderOptions):
+    """What decoders of features share."""
+
+    @property
+    def upsample(self) -> int:
+        return 1
+
+    @property
+    def makes_pixels(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class FeatureDecoderConfig(FeatureOptions):
+    """`blocks` residual convolution blocks of `width` (X-Omni, 2507.22058)."""
+
+    width: int = 1536
+    blocks: int = 2
+
+    @property
+    def in_width(self) -> int:
+        return self.width
+
+
+class FeatureDecoder(nn.Module):
+    """`[B, width, rows, columns]` to the same."""
+
+    def __init__(self, config: FeatureDecoderConfig) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(PyramidBlock(config.width, config.width, activation="gelu", eps=1e-5) for _ in range(config.blocks))
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.blocks(features)
+
+
+@dataclass(frozen=True)
+class FeatureViTConfig(FeatureOptions):
+    """A transformer over looked-up codes that rebuilds the features of a vision tower (TA-Tok, 2506.18898).
+
+    Args:
+        dim: width of a looked-up code.
+        width, depth, num_heads, mlp_width: of the transformer, and of the features.
+        eps: of every norm.
+        table_side: learned positions of a square grid of this side, resized to the grid of the codes.
+    """
+
+    dim: int = 1152
+    width: int = 1152
+    depth: int = 3
+    num_heads: int = 12
+    mlp_width: int = 3072
+    eps: float = 1e-6
+    table_side: int = 16
+
+    @property
+    def in_width(self) -> int:
+        return self.dim
+
+
+class FeatureViT(nn.Module):
+    """`[B, dim, rows, columns]` to features `[B, rows * columns, width]`."""
+
+    def __init__(self, config: FeatureViTConfig) -> None:
+        super().__init__()
+        self.embed = nn.Linear(config.dim, config.width)
+        self.table = nn.Parameter(torch.randn(config.table_side**2, config.width) * 0.02)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config.width, config.num_heads, mlp_width=config.mlp_width, eps=config.eps, tanh_gelu=True)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.head = nn.Sequential(
+            nn.Linear(config.width, config.width), nn.Tanh(), nn.Linear(config.width, config.width)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        rows, columns = features.shape[2:]
+        hidden = self.embed(features.flatten(2).transpose(1, 2))
+        hidden = hidden + resized_table(self.table, rows, columns, antialias=True)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(self.norm(hidden))

@@ -1,0 +1,56 @@
+"""Look-up free quantisation (LFQ, 2310.05737): every channel becomes its sign, and the signs are the bits of the id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from unimm.codec.quantizers.base import Quantized, Quantizer, straight_through
+
+MAX_BITS = 62  # of an id in int64
+
+
+@dataclass(frozen=True)
+class SignConfig:
+    """One bit per channel.
+
+    Args:
+        lowest_first: whether channel 0 is the lowest bit of the id (Open-MAGVIT2) or the highest.
+        commitment: weight of the pull of the channels towards their signs.
+    """
+
+    lowest_first: bool = True
+    commitment: float = 0.25
+
+
+class SignQuantizer(Quantizer):
+    """One code of `2 ** dim` per position; there is no table.
+
+    Raises:
+        ValueError: more channels than an id has bits.
+    """
+
+    def __init__(self, config: SignConfig, *, dim: int) -> None:
+        super().__init__()
+        if not 1 <= dim <= MAX_BITS:
+            raise ValueError(f"{dim} channels would be {dim} bits; one id holds 1 to {MAX_BITS}.")
+        self.commitment = config.commitment
+        self.sizes = (2**dim,)
+        self.places = tuple(range(dim)) if config.lowest_first else tuple(reversed(range(dim)))
+
+    def quantize(self, vectors: torch.Tensor) -> Quantized:
+        bits = vectors > 0
+        places = torch.tensor(self.places, device=vectors.device)
+        ids = (bits.long() << places).sum(dim=-1, keepdim=True)
+        signs = bits.to(vectors.dtype) * 2 - 1
+        loss = self.commitment * (vectors - signs).square().mean()
+        return Quantized(ids, straight_through(vectors, signs), loss)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        places = torch.tensor(self.places, device=ids.device)
+        return ((ids >> places) & 1).float() * 2 - 1
+
+    @torch.no_grad()
+    def code_vectors(self) -> tuple[torch.Tensor, ...]:
+        return (self.lookup(torch.arange(self.sizes[0]).view(1, -1, 1))[0],)

@@ -1,0 +1,49 @@
+"""Every value of the encoder, resampler and decoder sockets: kind -> (config, class). A new value is one line here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from unimm.codec.decoders import (
+    ConvDecoder,
+    ConvDecoderConfig,
+    ViTDecoder,
+    ViTDecoderConfig,
+)
+from unimm.codec.encoders import (
+    ConvEncoder,
+    ConvEncoderConfig,
+    FormAndPaletteConfig,
+    FormAndPaletteEncoder,
+    LocalEncoder,
+    LocalEncoderConfig,
+    PatchEncoder,
+    PatchEncoderConfig,
+    ViTEncoder,
+    ViTEncoderConfig,
+)
+from unimm.codec.feature_decoder import FeatureDecoder, FeatureDecoderConfig, FeatureViT, FeatureViTConfig
+from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
+from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
+from unimm.codec.resamplers import GridResampler, GridResamplerConfig, Resampler
+
+ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
+    "conv": (ConvEncoderConfig, ConvEncoder),
+    "local": (LocalEncoderConfig, LocalEncoder),
+    "form_and_palette": (FormAndPaletteConfig, FormAndPaletteEncoder),
+    "vit": (ViTEncoderConfig, ViTEncoder),
+    "patches": (PatchEncoderConfig, PatchEncoder),
+    "pyramid": (PyramidEncoderConfig, PyramidEncoder),
+}
+RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
+    "grid": (GridResamplerConfig, GridResampler),
+    "latent": (LatentResamplerConfig, LatentResampler),
+}
+DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
+    "conv": (ConvDecoderConfig, ConvDecoder),
+    "vit": (ViTDecoderConfig, ViTDecoder),
+    "pyramid": (PyramidDecoderConfig, PyramidDecoder),
+    "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
+    "features": (FeatureDecoderConfig, FeatureDecoder),
+    "feature_vit": (FeatureViTConfig, FeatureViT),
+}

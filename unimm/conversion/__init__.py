@@ -1,0 +1,10 @@
+"""Published weights to codecs of ours: a folder of upstream's config and safetensors in, a saved model out.
+
+Names of keys, sizes and formulas of an upstream live in one map file each; nothing is unpickled and no upstream code
+runs. Knows the codec, never language models or training.
+"""
+
+from unimm.conversion.convert import Report, convert
+from unimm.conversion.registry import UPSTREAMS, find_upstream
+
+__all__ = ["UPSTREAMS", "Report", "convert", "find_upstream"]

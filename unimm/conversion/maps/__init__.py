@@ -1,0 +1,1 @@
+"""One file per upstream; foreign names live here and nowhere else."""

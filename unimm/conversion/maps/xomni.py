@@ -1,0 +1,96 @@
+"""X-Omni's tokenizer: a SigLIP2 tower for pictures of any shape, and codes that a diffusion model draws from."""
+
+from __future__ import annotations
+
+from unimm.codec import VisualCodecConfig
+from unimm.conversion.maps.pyramids import BLOCK, GRID_PROJECTIONS
+from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, first, under
+
+# By the name of the tower in upstream's configuration.
+TOWERS = {
+    "siglip2-g-384": {"image_size": 384, "patch_size": 16, "width": 1536, "layers": 40, "heads": 16, "mlp_ratio": 4},
+}
+TABLE_PIXELS = 2048  # side of the picture whose grid the position table has
+TRAINING_SIDE = 384
+RELEASED_SHAPES = {
+    "short_size": 384,
+    "long_size": 1152,
+    "patch_size": 16,
+    "min_short_size": 128,
+    "max_aspect_ratio": 3.0,
+}
+PARTS = {
+    "norm1": "attention_norm",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.out",
+    "norm2": "mlp_norm",
+    "mlp.fc1": "mlp.up",
+    "mlp.fc2": "mlp.down",
+}
+# The tower's own final norm and pooling head, which features are taken before.
+WITHOUT_EFFECT = (r"vit\.norm\..*", r"vit\.attn_pool\..*", r"vit\.(?:fc_norm|head)\..*")
+
+
+def plan(upstream: UpstreamConfig) -> Plan:
+    """The plan of `SiglipTokenizer`.
+
+    Raises:
+        ValueError: a tower that neither the configuration nor this map describes.
+    """
+    name = upstream.get("siglip_name")
+    tower = upstream.field("siglip_model_config", TOWERS.get(name))
+    if tower is None:
+        raise ValueError(
+            f"siglip_name is {name!r} and config.json has no siglip_model_config; known towers: {', '.join(TOWERS)}."
+        )
+    patch, width, dim = tower["patch_size"], tower["width"], upstream.get("codebook_dim")
+    table_pixels = upstream.literal("img_size_of_position_table", TABLE_PIXELS)
+    table_side = table_pixels // patch
+    if upstream.get("z_channels") != width:
+        raise ValueError(f"z_channels is {upstream.get('z_channels')} and the tower {width} wide; they must be equal.")
+    config = VisualCodecConfig(
+        image_size=min(TRAINING_SIDE, table_pixels),
+        encoder={
+            "kind": "vit",
+            "patch": patch,
+            "width": width,
+            "depth": tower["layers"],
+            "num_heads": tower["heads"],
+            "mlp_width": int(width * tower["mlp_ratio"]),
+            "eps": upstream.field("defaults_used.layer_norm_eps", 1e-6),
+            "table_side": table_side,
+            "final_norm": False,
+        },
+        resampler={"kind": "grid", "dim": dim, "norm": False},
+        quantizer={
+            "kind": "vq",
+            "size": upstream.get("codebook_size"),
+            "dim": dim,
+            "project": False,
+            "raw_lookup": True,
+        },
+        # The table stretches to grids beyond its own.
+        length={"kind": "resolution", "min_side": 1, "max_side": 2 * table_side, "max_positions": 4 * table_side**2},
+        decoder={"kind": "features", "width": width, "blocks": upstream.field("defaults_used.conv_layers", 2)},
+    )
+    renames = (
+        *under(r"vit\.patch_embed", "encoder.patches", {"proj": "conv"}),
+        Rename(r"vit\.pos_embed", "encoder.table", first),
+        *under(r"vit\.blocks\.(?P<index>\d+)", r"encoder.blocks.\g<index>", PARTS),
+        *(Rename(rf"vqproj\.{rule.pattern}", rule.target, rule.change) for rule in GRID_PROJECTIONS),
+        Rename(r"vqproj\.quantize\.embedding\.weight", "quantizer.codebook"),
+        *under(r"vqproj\.post_conv\.(?P<index>\d+)", r"decoder.blocks.\g<index>", BLOCK),
+    )
+    # A table that was cut to less cannot take pictures of the released sizes.
+    any_shape = RELEASED_SHAPES if table_pixels >= RELEASED_SHAPES["long_size"] else None
+    return Plan(config, renames, without_effect=WITHOUT_EFFECT, any_shape=any_shape)
+
+
+TOKENIZER = Upstream(
+    system="xomni_tokenizer",
+    repository="X-Omni-Team/X-Omni",
+    licence="Apache-2.0",
+    paper="arXiv 2507.22058",
+    plan=plan,
+    aliases=("xomni", "x_omni", "siglip_vq"),
+)

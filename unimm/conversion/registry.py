@@ -1,0 +1,38 @@
+"""Every upstream that can be converted; a new one is one map file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+
+from unimm.conversion.maps import llamagen, seed_voken, tar, titok, xomni
+from unimm.conversion.upstream import Upstream
+
+UPSTREAMS: dict[str, Upstream] = {
+    upstream.system: upstream
+    for upstream in (
+        llamagen.VQ,
+        seed_voken.IBQ,
+        seed_voken.OPEN_MAGVIT2,
+        titok.TITOK_TWO_STAGE,
+        titok.TITOK_SINGLE_STAGE,
+        titok.TA_TITOK,
+        titok.ONE_D_PIECE,
+        xomni.TOKENIZER,
+        tar.TA_TOK,
+    )
+}
+
+
+def find_upstream(name: str) -> Upstream:
+    """The upstream of a system's name or alias, whatever its case and dashes.
+
+    Raises:
+        ValueError: there is none, with the nearest names.
+    """
+    names = {alias: upstream for upstream in UPSTREAMS.values() for alias in (upstream.system, *upstream.aliases)}
+    wanted = name.lower().replace("-", "_")
+    if wanted not in names:
+        near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"No converter for {name!r}; there are {', '.join(UPSTREAMS)}.{hint}")
+    return names[wanted]

@@ -1,0 +1,149 @@
+"""What a map file says about an upstream: its licence, our configuration of its model, its keys under our names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from unimm.codec import VisualCodecConfig
+
+LEAVES = "(?P<leaf>weight|bias)"
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One rule.
+
+    Args:
+        pattern: regular expression that a whole upstream key must match.
+        target: our key, with the groups of the pattern.
+        change: how the tensor changes, where its layout differs from ours.
+        part: where several upstream tensors are stacked into one of ours, the place of this one.
+    """
+
+    pattern: str
+    target: str
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One checkpoint.
+
+    Args:
+        config: the codec it becomes.
+        renames: every key with an effect matches exactly one of them.
+        without_effect: patterns of keys that no output depends on.
+        constants: patterns of keys that our model holds as options, and the value that every number there must have.
+        any_shape: how pictures are resized where they keep their shape; None for squares of the codec's own size.
+    """
+
+    config: VisualCodecConfig
+    renames: tuple[Rename, ...]
+    without_effect: tuple[str, ...] = ()
+    constants: Mapping[str, float] = field(default_factory=dict)
+    any_shape: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A published system.
+
+    Args:
+        system: its name in `unimm convert`.
+        repository, licence, paper: where it comes from and under which terms.
+        plan: reads the upstream configuration.
+        restricted: whether the licence must be accepted by a flag.
+        aliases: further names.
+    """
+
+    system: str
+    repository: str
+    licence: str
+    paper: str
+    plan: Callable[[UpstreamConfig], Plan]
+    restricted: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+class UpstreamConfig:
+    """Upstream's `config.json`: constructor arguments, and sizes that its code holds as literals.
+
+    The arguments are the whole file, or what stands under `args` in it; `patched_literals` then names the literals that
+    were changed.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = fields
+        self.args: Mapping[str, Any] = fields.get("args", fields)
+        patched = fields.get("patched_literals", {})
+        self._literals: Mapping[str, Any] = patched if isinstance(patched, Mapping) else {}
+
+    def get(self, path: str, default: Any = REQUIRED) -> Any:
+        """The argument at a dotted path.
+
+        Raises:
+            ValueError: it is not there and has no default.
+        """
+        return _at(self.args, path, default)
+
+    def field(self, path: str, default: Any = REQUIRED) -> Any:
+        """A value of the file itself, beside the arguments."""
+        return _at(self.fields, path, default)
+
+    def literal(self, name: str, upstream: Any) -> Any:
+        """A size that upstream's code holds as `upstream`."""
+        value = self._literals.get(name, upstream)
+        return value["here"] if isinstance(value, Mapping) and "here" in value else value
+
+
+def _at(node: Any, path: str, default: Any) -> Any:
+    for name in path.split("."):
+        if not isinstance(node, Mapping) or name not in node:
+            if default is REQUIRED:
+                raise ValueError(f"config.json has no {path!r}, which this system's configuration needs.")
+            return default
+        node = node[name]
+    return node
+
+
+def under(source: str, target: str, names: Mapping[str, str]) -> tuple[Rename, ...]:
+    """A rule per name for the weights and biases below `source`, a pattern whose groups `target` may use."""
+    return tuple(
+        Rename(rf"{source}\.{theirs}\.{LEAVES}", rf"{target}.{ours}.\g<leaf>") for theirs, ours in names.items()
+    )
+
+
+def kernel_of_points(weight: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution's `[out, in, 1, 1]` as one over positions, `[out, in, 1]`."""
+    return weight[..., 0]
+
+
+def kernel_of_lines(weight: torch.Tensor) -> torch.Tensor:
+    """A linear map's `[out, in]` as a convolution over positions, `[out, in, 1]`."""
+    return weight[..., None]
+
+
+def matrix(weight: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution's `[out, in, 1, 1]` as a linear map's `[out, in]`."""
+    return weight[..., 0, 0]
+
+
+def first(tensor: torch.Tensor) -> torch.Tensor:
+    """`[1, ...]` without its leading axis."""
+    return tensor[0]
+
+
+def blocks_last_to_first(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rows ordered (row in block, column in block, channel) to PyTorch's pixel shuffle order (channel, row, column)."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        split = tensor.unflatten(0, (rows, rows, -1))
+        return split.movedim(2, 0).flatten(0, 2).contiguous()
+
+    return change
