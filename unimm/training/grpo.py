@@ -497,7 +497,7 @@ def paint(codec: VisualCodecModel, parts: Sequence[Any]) -> list[Image.Image | N
             codes = [parts[place].codes for place in batch]
             grids = [grid for single in codes for grid in single.grid or ()] or None
             ids, mask = torch.cat([single.ids for single in codes]), torch.cat([single.mask for single in codes])
-            decoded = to_pictures(codec.decode(VisualCodes(ids, mask, grids).to(codec.device)))
+            decoded = to_pictures(codec.pictures(VisualCodes(ids, mask, grids).to(codec.device)))
             for place, picture in zip(batch, decoded, strict=True):
                 pictures[place] = picture
     return pictures
