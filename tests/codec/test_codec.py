@@ -254,3 +254,11 @@ def test_an_animation_gives_its_first_frame():
     values = VisualCodecImageProcessor()(animated_gif(), return_tensors="pt")["pixel_values"]
     assert values[0, 0].min() > 0.9
     assert values[0, 2].max() < -0.9
+
+
+def test_pictures_are_shown_in_one_range_whatever_the_codecs_own():
+    codec = build(pixel_range=(0.0, 1.0), encoder=TINY["encoder"]["conv"])
+    codes = codec.encode((pixels() + 1) / 2)
+    torch.testing.assert_close(codec.pictures(codes), (codec.decode(codes) * 2 - 1).clamp(-1, 1))
+    with pytest.raises(ValueError, match="decodes to features"):
+        build(decoder=TINY["decoder"]["features"], resampler=TINY["resampler"]["grid"]).pictures(codes)

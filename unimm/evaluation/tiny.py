@@ -158,7 +158,7 @@ def round_trip(model: UniMM, images: Sequence[Image.Image]) -> tuple[torch.Tenso
     for batch in pixels.split(BATCH):
         codes = codec.encode(batch.to(codec.device))
         used.append(codes.ids.flatten(0, 1))
-        decoded.append(codec.decode(codes).cpu())
+        decoded.append(codec.pictures(codes).cpu())
     return pixels, torch.cat(decoded), torch.cat(used)
 
 

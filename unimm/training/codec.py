@@ -68,7 +68,7 @@ class CodecTask:
         figures, used = {}, []
         for name, pixels in self.held_out.items():
             codes = self.codec.encode(pixels.to(self.codec.device))
-            figures[f"psnr_{name}"] = float(psnr(self.codec.decode(codes).cpu(), pixels).mean())
+            figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
             used.append(codes.ids.flatten(0, 1))
         self.codec.train()
         return {**figures, "codes_used_in_validation": self.codec.spec_without_fingerprint.share_used(torch.cat(used))}

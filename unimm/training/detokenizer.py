@@ -114,7 +114,7 @@ class DetokenizerTask:
             codes, num_inference_steps=VALIDATION_STEPS, generator=generator, output_type="pt"
         ).images
         self.transformer.train()
-        return images.cpu() * 2 - 1, self.codec.decode(codes).cpu()
+        return images.cpu() * 2 - 1, self.codec.pictures(codes).cpu()
 
 
 def begin_transformer(recipe: DetokenizerRecipe, codec: VisualCodecModel) -> CodesToImageTransformer2DModel:
