@@ -188,6 +188,20 @@ def test_dead_rows_restart_where_vectors_are():
     assert used[-1] >= 8
 
 
+def test_of_rows_that_cannot_be_told_apart_the_commonest_stays():
+    torch.manual_seed(0)
+    quantizer = VQ(VQConfig(size=8, dim=4, normalize=False, ema_decay=0.9, project=False), dim=4).eval()
+    quantizer.codebook[2], quantizer.codebook[5] = quantizer.codebook[6] + 2e-3, quantizer.codebook[6] - 1e-3
+    vectors = quantizer.codebook[[2, 5, 6, 1]][None]
+    assert quantizer(vectors).ids.flatten().tolist() == [2, 5, 6, 1]
+    assert quantizer.retire_duplicates(torch.tensor([1, 1, 4, 1, 1, 9, 3, 1])) == 2
+    assert quantizer(vectors).ids.flatten().tolist() == [5, 5, 5, 1]
+    rows = quantizer.lookup(torch.tensor([[[2], [5], [6]]]))[0]
+    torch.testing.assert_close(rows, rows[1:2].expand_as(rows), atol=6e-3, rtol=0)
+    with pytest.raises(ValueError, match="no duplicates to retire"):
+        VQ(VQConfig(size=8, dim=4), dim=4).retire_duplicates(torch.ones(8, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

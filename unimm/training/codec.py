@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
+from unimm.codec.quantizers import VQ
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.scorers.reconstruction import psnr
 from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
@@ -20,6 +21,7 @@ from unimm.training.pool import PoolConfig, held_out_pixels, render_once
 from unimm.training.run_directory import RunConfig, RunDirectory
 
 SHEET_SIZE = 16
+COUNTED, COUNT_BATCH = 2_000, 50  # pictures whose codes say which rows stay, and how many are encoded at once
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,20 @@ class CodecTask:
         contact_sheet([p for row in rows for p in to_pictures(row)], path, columns=len(shown))
 
     def save(self, path: Path) -> None:
-        self.codec.eval().to(memory_format=torch.contiguous_format).save_pretrained(path)
+        retire_duplicates(self.codec.eval(), self.pool[:COUNTED])
+        self.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
         VisualCodecImageProcessor.for_codec(self.codec.config).save_pretrained(path)
+
+
+def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
+    """Leave one of every group of rows that cannot be told apart: the one that occurs most in uint8 `[M, H, W, 3]`."""
+    books = [part for part in codec.quantizer.modules() if isinstance(part, VQ) and part.config.ema_decay is not None]
+    if not books:
+        return
+    batches = [pictures[start : start + COUNT_BATCH] for start in range(0, len(pictures), COUNT_BATCH)]
+    ids = torch.cat([codec.encode(to_pixel_values(batch).to(codec.device)).ids.flatten(0, 1) for batch in batches])
+    for book, slot in zip(books, ids.unbind(dim=1), strict=True):
+        book.retire_duplicates(torch.bincount(slot, minlength=book.config.size))
 
 
 def reconstruction_losses(

@@ -12,6 +12,8 @@ from unimm.codec.quantizers.base import Quantized, Quantizer, straight_through
 
 SEARCH_SCORES = 2**26  # scores held at once, 256 MiB
 METRICS = ("l2", "dot")
+# Rows nearer than this share of a row's norm cannot be told apart by dot products in float32.
+DUPLICATE = 4e-3
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class VQ(Quantizer):
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
         latents, rows = self._normalized(self.to_rows(vectors)), self._normalized(self.row_map(self.codebook))
-        search = best_rows if self.config.metric == "dot" else nearest_rows
-        ids = search(latents.detach().flatten(0, 1), rows.detach()).view(latents.shape[:2])
+        ids = self._search(latents.detach().flatten(0, 1), rows.detach()).view(latents.shape[:2])
         chosen = F.embedding(ids, rows)
         loss = self.config.commitment * F.mse_loss(latents, chosen.detach())
         if self.config.ema_decay is None:
@@ -94,6 +95,39 @@ class VQ(Quantizer):
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         return self.to_vectors(F.embedding(ids[..., 0], self._rows_of_codes()))
+
+    @torch.no_grad()
+    def retire_duplicates(self, counts: torch.Tensor) -> int:
+        """Take rows out of the search that can hardly be told from a row that occurs more often, and say how many.
+
+        Restarts leave such copies where most vectors lie. The rounding of a batch decides between a row and its copy,
+        so that the same picture would have other codes alone than among others. A retired row decodes as the row that
+        stays.
+
+        Args:
+            counts: `[size]`, how often each code occurs in pictures.
+
+        Raises:
+            ValueError: a codebook without EMA counts, which has no restarts.
+        """
+        if self.config.ema_decay is None:
+            raise ValueError("Only EMA codebooks restart rows and keep counts; this one has no duplicates to retire.")
+        distances = torch.cdist(self.codebook, self.codebook, compute_mode="donot_use_mm_for_euclid_dist")
+        rank = counts.argsort(descending=True).argsort()
+        outranked = (distances < DUPLICATE * self.codebook.norm(dim=1).mean()) & (rank < rank[:, None])
+        retired = outranked.any(dim=1)
+        stays = torch.where(outranked, rank, len(rank)).argmin(dim=1)
+        self.codebook[retired] = self.codebook[stays[retired]]
+        self.usage[retired] = 0.0
+        return int(retired.sum())
+
+    def _search(self, vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Ids `[M]` of vectors `[M, D]`; rows that were never used, or retired, are no choice."""
+        search = best_rows if self.config.metric == "dot" else nearest_rows
+        if self.config.ema_decay is None or self.training or bool((self.usage > 0).all()):
+            return search(vectors, rows)
+        alive = (self.usage > 0).nonzero().squeeze(1)
+        return alive[search(vectors, rows[alive])]
 
     def _rows_of_codes(self) -> torch.Tensor:
         rows = self.row_map(self.codebook)
