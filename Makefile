@@ -47,12 +47,16 @@ style: .venv/dev
 	$(BIN)/ruff check --fix unimm tests examples
 
 # Every stage goes on where it stopped, and a finished one is left alone.
+RECIPES := recipes/tiny
+RUNS := runs
+CARD := model_cards/unimm-tiny
+TRIALS := 200
 tiny: .venv/base font
-	$(BIN)/unimm train recipes/tiny/codec.yaml
-	$(BIN)/unimm train recipes/tiny/detokenizer.yaml
-	$(BIN)/unimm train recipes/tiny/pretrain.yaml
-	$(BIN)/unimm train recipes/tiny/sft.yaml
-	$(BIN)/unimm export runs/tiny-sft/model model_cards/unimm-tiny --detokenizer runs/tiny-detokenizer/model
+	$(BIN)/unimm train $(RECIPES)/codec.yaml
+	$(BIN)/unimm train $(RECIPES)/detokenizer.yaml
+	$(BIN)/unimm train $(RECIPES)/pretrain.yaml
+	$(BIN)/unimm train $(RECIPES)/sft.yaml
+	$(BIN)/unimm export $(RUNS)/tiny-sft/model $(CARD) --detokenizer $(RUNS)/tiny-detokenizer/model --limit $(TRIALS)
 
 clean:
 	rm -rf .venv demo_output .pytest_cache .mypy_cache .ruff_cache

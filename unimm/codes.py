@@ -50,6 +50,10 @@ class CodeSpec:
         """Rows of all codebooks together."""
         return sum(self.sizes)
 
+    def share_used(self, ids: torch.Tensor) -> float:
+        """Share of the codes of all slots that occur in `ids` `[..., K]`."""
+        return sum(len(slot.unique()) for slot in ids.unbind(dim=-1)) / self.num_codes
+
     @property
     def bits(self) -> float:
         """Bits of one image of `max_length` positions."""

@@ -13,7 +13,7 @@ from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
 from unimm.codec import load_preset, preset_names
 from unimm.codec.configuration import SOCKETS
 from unimm.codec.encoders import LocalEncoderConfig
-from unimm.codec.quantizers import FSQ, VQ, FSQConfig, VQConfig
+from unimm.codec.quantizers import FSQ, VQ, FSQConfig, ProductVQ, ProductVQConfig, VQConfig
 from unimm.codec.quantizers.vector import nearest_rows
 
 PYRAMID = {"channels": [32, 32, 32, 32, 32], "blocks": 1, "attention_levels": [4], "code_channels": 16}
@@ -21,8 +21,8 @@ SEQUENCE = {"tokens": 4, "rows": 2, "columns": 2}
 TINY = {
     "encoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [8, 16], "blocks": 1},
-        "local": {"kind": "local", "patch": 8, "channels": [8, 16], "kernels": [3, 1]},
         "form_and_palette": {"kind": "form_and_palette", "patch": 16, "branch_width": 8, "blocks": 1},
+        "local": {"kind": "local", "patch": 8, "channels": [8, 16], "kernels": [3, 1]},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2, "table_side": 3},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
         "pyramid": {"kind": "pyramid", **PYRAMID, "stem_channels": 32},
@@ -38,7 +38,7 @@ TINY = {
     "quantizer": {
         "fsq": {"kind": "fsq", "levels": [4, 4, 3]},
         "vq": {"kind": "vq", "size": 32, "dim": 4, "ema_decay": 0.9, "restart_below": 0.1},
-        "product": {"kind": "product", "sizes": [32, 16], "dim": 4},
+        "product": {"kind": "product", "sizes": [12, 7], "dim": 4},
         "sign": {"kind": "sign"},
     },
     "resampler": {
@@ -81,6 +81,45 @@ def test_a_local_encoder_sees_its_reach_and_no_further():
     torch.testing.assert_close(plain, plain[:, :1, :1].expand_as(plain))  # the edge of the picture leaves no trace
 
 
+def painted(*, ink, form):
+    """A 32 x 32 picture of one form in one ink on white, antialiased."""
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    distance = {"disc": (x - 14).hypot(y - 15) - 9, "square": (x - 14).abs().maximum((y - 15).abs()) - 8}[form]
+    coverage = (0.5 - distance).clamp(0, 1)
+    return torch.ones(3, 32, 32).lerp(torch.tensor(ink)[:, None, None], coverage)[None]
+
+
+def test_form_does_not_depend_on_ink_nor_palette_on_form():
+    codec = VisualCodecModel(load_preset("smallest_product")).eval()
+    red, green = (0.6, -0.8, -0.7), (-0.7, 0.2, -0.5)
+    disc, square, green_disc = (
+        codec.encoder(painted(ink=ink, form=form)).chunk(2, dim=1)
+        for ink, form in ((red, "disc"), (red, "square"), (green, "disc"))
+    )
+    torch.testing.assert_close(disc[0], green_disc[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(disc[1], square[1], atol=1e-4, rtol=0)
+    assert not torch.allclose(disc[0], square[0], atol=1e-2)
+    assert not torch.allclose(disc[1], green_disc[1], atol=1e-2)
+
+
+def test_the_slots_of_a_product_never_meet_before_they_are_quantised():
+    codec = VisualCodecModel(load_preset("smallest_product")).eval()
+    encoded = codec.encoder(pixels())
+    changed = encoded.clone()
+    changed[:, : changed.shape[1] // 2] += torch.randn_like(changed[:, : changed.shape[1] // 2])
+    one, other = (codec.quantizer(codec.resampler.sample(features)).ids for features in (encoded, changed))
+    assert one[..., 1].equal(other[..., 1])
+    assert not one[..., 0].equal(other[..., 0])
+
+
+def test_products_that_do_not_divide_the_channels_are_refused():
+    for sizes in ((8,), (8, 8, 8)):
+        with pytest.raises(ValueError, match="divides the channels"):
+            ProductVQ(ProductVQConfig(sizes=sizes), dim=16)
+    with pytest.raises(ValueError, match="must divide the encoder's width"):
+        build(resampler={"kind": "grid", "dim": 16, "groups": 3})
+
+
 def test_a_local_encoder_needs_one_odd_kernel_per_stage():
     for kernels in ([3], [3, 2], [3, 0]):
         with pytest.raises(ValueError, match="one odd side"):
@@ -93,7 +132,8 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     codec = build(**{name: TINY[name][value] for name, value in kinds.items()})
     images = pixels()
     codes = codec.encode(images)
-    assert codes.ids.shape == (3, 4, codec.spec.num_codebooks)
+    assert codes.ids.shape == (3, 4, len(codec.quantizer.sizes))
+    codes.validate(codec.spec_without_fingerprint)
     if codec.decoder_options.makes_pixels:
         assert codec.decode(codes).shape == images.shape
     codec.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from unimm.codes import VisualCodes
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
 
-SIZES = {"sample_size": 16, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "codebook_size": 32}
+SIZES = {"sample_size": 16, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "codebook_sizes": (32, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def pipeline():
 
 
 def some_codes(batch=3, side=2):
-    ids = torch.randint(32, (batch, side, side, 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(8, (batch, side, side, 2), generator=torch.Generator().manual_seed(0))
     return VisualCodes.from_grid(ids)
 
 
@@ -60,7 +60,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline):
 
 def test_codes_matter_unless_dropped(pipeline):
     noisy, timestep = torch.randn(1, 3, 16, 16), torch.tensor([700.0])
-    one, other = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)
+    one, other = torch.zeros(1, 4, 2, dtype=torch.int64), torch.ones(1, 4, 2, dtype=torch.int64)
     drop = torch.tensor([True])
     with torch.no_grad():
         kept = [pipeline.transformer(noisy, timestep, codes).sample for codes in (one, other)]
@@ -72,7 +72,7 @@ def test_codes_matter_unless_dropped(pipeline):
 def test_one_step_ends_on_the_predicted_picture(pipeline):
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        ids = some_codes(1).ids[..., 0]
+        ids = some_codes(1).ids
         clean = noise - pipeline.transformer(noise, torch.tensor([1000.0]), ids).sample
     image = pipeline(some_codes(1), num_inference_steps=1, generator=seeds(3), output_type="pt").images
     torch.testing.assert_close(image, (clean / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
@@ -81,9 +81,9 @@ def test_one_step_ends_on_the_predicted_picture(pipeline):
 @pytest.mark.parametrize(
     ("codes", "options", "message"),
     [
-        (VisualCodes.from_grid(torch.full((1, 2, 2, 1), 32)), {}, "ids 0 to 31"),
+        (VisualCodes.from_grid(torch.full((1, 2, 2, 2), 8)), {}, "ids 0 to 7"),
         (some_codes(side=3), {}, "2 x 2 codes"),
-        (VisualCodes.from_grid(torch.zeros(1, 2, 2, 2, dtype=torch.int64)), {}, "B, N, 1"),
+        (VisualCodes.from_grid(torch.zeros(1, 2, 2, 1, dtype=torch.int64)), {}, "B, N, 2"),
         (some_codes(), {"num_inference_steps": 0}, "at least 1"),
         (some_codes(), {"generator": seeds(1)}, "1 generators for 3"),
         (some_codes(), {"output_type": "jpg"}, "one of pil, np, pt"),
@@ -103,7 +103,7 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
 def test_every_weight_learns():
     transformer = CodesToImageTransformer2DModel(**SIZES, code_dim=8, code_grid=2)
     torch.nn.init.normal_(transformer.patches_out.weight)
-    transformer(torch.randn(1, 3, 16, 16), torch.tensor([500.0]), some_codes(1).ids[..., 0]).sample.sum().backward()
+    transformer(torch.randn(1, 3, 16, 16), torch.tensor([500.0]), some_codes(1).ids).sample.sum().backward()
     for name, weight in transformer.named_parameters():
         assert weight.grad is not None, name
         assert weight.grad.isfinite().all(), name

@@ -33,7 +33,7 @@ def stream(tiny, mode, scale):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_picture_grows_row_by_row(tiny, scale):
     events, parts = stream(tiny, "image", scale)
-    codes = tuple(parts[0].codes.ids.flatten().tolist())
+    codes = tuple((code,) for code in parts[0].codes.ids.flatten().tolist())
     assert events == [PictureRows(codes[:2], 1, (2, 2)), PictureRows(codes, 2, (2, 2))]
 
 

@@ -9,7 +9,7 @@ from unimm.codes import VisualCodes
 from unimm.sequence import ImageSpan, SpanGrammar, SpanShape, TextSpan, VisualVocabulary
 
 VOCABULARY = VisualVocabulary(
-    image_token_offset=20, codebook_size=7, boi_token_id=1, eoi_token_id=2, image_token_id=3, pad_token_id=0
+    image_token_offset=20, codebook_sizes=(7,), boi_token_id=1, eoi_token_id=2, image_token_id=3, pad_token_id=0
 )
 FIXED = SpanGrammar(VOCABULARY, (SpanShape((2, 2), (), 4, 4),))
 SIZED = SpanGrammar(
@@ -17,8 +17,12 @@ SIZED = SpanGrammar(
     (SpanShape((1, 2), (5, 9), 2, 2), SpanShape((2, 2), (6, 9), 4, 4), SpanShape((1, 3), (5, 8), 3, 3)),
 )
 NESTED = SpanGrammar(VOCABULARY, (SpanShape(None, (), 1, 3),))
-GRAMMARS = {"fixed": FIXED, "sized": SIZED, "nested": NESTED}
-CODES = set(range(20, 27))
+TWO_SLOTS = VisualVocabulary(
+    image_token_offset=20, codebook_sizes=(4, 3), boi_token_id=1, eoi_token_id=2, image_token_id=3, pad_token_id=0
+)
+PAIRED = SpanGrammar(TWO_SLOTS, (SpanShape((1, 2), (5,), 2, 2), SpanShape((2, 2), (6,), 4, 4)))
+PAIRED_NESTED = SpanGrammar(TWO_SLOTS, (SpanShape(None, (), 1, 3),))
+GRAMMARS = {"fixed": FIXED, "sized": SIZED, "nested": NESTED, "paired": PAIRED, "paired nested": PAIRED_NESTED}
 TEXT = set(range(20)) - {2, 3}
 
 
@@ -36,8 +40,13 @@ def slow_allowed(grammar, ids):
         return TEXT
     for shape in grammar.shapes:
         if tuple(seen[: len(shape.prefix)]) == shape.prefix:
-            count = len(seen) - len(shape.prefix)
-            return (CODES if count < shape.max_codes else set()) | ({2} if count >= shape.min_codes else set())
+            sizes = grammar.vocabulary.codebook_sizes
+            count, slot = divmod(len(seen) - len(shape.prefix), len(sizes))
+            first = 20 + sum(sizes[:slot])
+            codes = set(range(first, first + sizes[slot]))
+            if slot:
+                return codes
+            return (codes if count < shape.max_positions else set()) | ({2} if count >= shape.min_positions else set())
     return {shape.prefix[len(seen)] for shape in grammar.shapes if shape.prefix[: len(seen)] == tuple(seen)}
 
 
@@ -75,16 +84,30 @@ def test_build_and_parse_round_trip(grid, data):
     ids = data.draw(st.lists(st.integers(0, 6), min_size=rows * columns, max_size=rows * columns))
     codes = VisualCodes.from_grid(torch.tensor(ids).view(1, rows, columns, 1))
     spans = SIZED.parse([4, *SIZED.build(codes), 7, 7])
-    assert spans == [TextSpan((4,)), ImageSpan(tuple(ids), grid, True), TextSpan((7, 7))]
+    assert spans == [TextSpan((4,)), ImageSpan(tuple((code,) for code in ids), grid, True), TextSpan((7, 7))]
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_positions_of_two_slots_round_trip(data):
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=4, max_size=4))
+    ids = PAIRED.build(VisualCodes.from_grid(torch.tensor(pairs).view(1, 2, 2, 2)))
+    assert ids == [1, 6, *(row for form, palette in pairs for row in (20 + form, 24 + palette)), 2]
+    assert PAIRED.parse(ids) == [ImageSpan(tuple(pairs), (2, 2), True)]
+    assert len(ids) == PAIRED.longest
+
+
+def test_half_a_position_is_no_position():
+    assert PAIRED_NESTED.parse([1, 20, 24, 21, 2]) == [ImageSpan(((0, 0),), None, False)]
 
 
 def test_a_cut_picture_is_incomplete():
-    assert FIXED.parse([1, 20, 21]) == [ImageSpan((0, 1), None, False)]
+    assert FIXED.parse([1, 20, 21]) == [ImageSpan(((0,), (1,)), None, False)]
 
 
 def test_placeholders_count_as_codes():
     assert FIXED.states(torch.tensor([[1, 3, 3, 3, 3]]))[0, -1] == FIXED.num_states - 1
-    assert FIXED.parse([1, 3, 3, 3, 3, 2]) == [ImageSpan((None,) * 4, (2, 2), True)]
+    assert FIXED.parse([1, 3, 3, 3, 3, 2]) == [ImageSpan(((None,),) * 4, (2, 2), True)]
 
 
 def test_rows_of_a_batch_do_not_meet():
@@ -99,17 +122,19 @@ def test_illegal_pictures_and_vocabularies_are_refused():
     with pytest.raises(ValueError, match="none may begin another"):
         SpanGrammar(VOCABULARY, (SpanShape((1, 1), (5,), 1, 1), SpanShape((2, 2), (5, 6), 4, 4)))
     with pytest.raises(ValueError, match="different text rows"):
-        VisualVocabulary(20, 7, 1, 1, 3, 0)
+        VisualVocabulary(20, (7,), 1, 1, 3, 0)
 
 
 @given(st.lists(st.integers(0, 6), max_size=9))
 def test_vocabulary_round_trips(codes):
-    tensor = torch.tensor(codes, dtype=torch.int64)
+    tensor = torch.tensor(codes, dtype=torch.int64)[:, None]
     assert VOCABULARY.to_codes(VOCABULARY.to_token_ids(tensor)).equal(tensor)
 
 
 def test_vocabulary_refuses_what_is_no_code():
     with pytest.raises(ValueError, match="0 to 6"):
         VOCABULARY.to_token_ids(torch.tensor([7]))
+    with pytest.raises(ValueError, match="must be the 2 slots"):
+        TWO_SLOTS.to_token_ids(torch.zeros(4, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="no picture codes"):
         VOCABULARY.to_codes(torch.tensor([19]))

@@ -3,9 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    Qwen3Config,
+)
 
-from unimm import UniMMForConditionalGeneration
+from unimm import ImagePart, UniMMForConditionalGeneration, VisualCodecModel
+from unimm.codec import load_preset
 from unimm.unified import UniMMConfig, factored_cross_entropy
 
 
@@ -83,7 +91,7 @@ def test_parts_of_a_batch_sum_to_the_whole(tiny):
 
 def test_a_vocabulary_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="a multiple of 128"):
-        UniMMConfig(text_config={"model_type": "qwen3", "vocab_size": 300}, image_token_offset=256, codebook_size=64)
+        UniMMConfig(text_config={"model_type": "qwen3", "vocab_size": 300}, image_token_offset=256, codebook_sizes=[64])
 
 
 def test_decode_image_tokens_needs_a_whole_picture(tiny):
@@ -94,7 +102,7 @@ def test_decode_image_tokens_needs_a_whole_picture(tiny):
 def test_code_rows_begin_with_the_geometry_of_the_codes(tiny):
     model = tiny[0]
     vocabulary = model.config.vocabulary
-    vectors = model.codec.quantizer.lookup(torch.arange(64).view(1, -1, 1))[0]
+    (vectors,) = model.codec.code_vectors()
     near = torch.cdist(vectors, vectors) < torch.cdist(vectors, vectors).quantile(0.1)
     for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
         rows = F.normalize(weight[vocabulary.image_token_offset : vocabulary.image_token_end].float(), dim=1)
@@ -105,3 +113,51 @@ def test_code_rows_begin_with_the_geometry_of_the_codes(tiny):
         torch.testing.assert_close(
             weight[vocabulary.image_token_offset : vocabulary.image_token_end].norm(dim=1).mean(), text_norm
         )
+
+
+def test_two_codes_per_position_are_read_drawn_and_learned(tokenizer):
+    torch.manual_seed(0)
+    codec = VisualCodecModel(load_preset("smallest_product")).eval()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    model, processor = UniMMForConditionalGeneration.from_backbones(
+        AutoModelForCausalLM.from_config(config), codec, tokenizer
+    )
+    assert model.config.vocabulary.codebook_sizes == (16, 8)
+    picture = Image.new("RGB", (32, 32), "red")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what color is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    pixels = inputs["pixel_values"]
+    placed = model.model.place_pictures(inputs["input_ids"], pixels)
+    (read,) = (part for part in processor.parse(placed[0]) if isinstance(part, ImagePart))
+    assert read.codes.ids.equal(codec.encode(pixels).ids)
+
+    output = model(placed, labels=placed)
+    logits = model(placed).logits[0, :-1]
+    targets = placed[0, 1:]
+    losses = []
+    for block in model.config.vocabulary.blocks:
+        inside = (targets >= block.start) & (targets < block.stop)
+        assert int(inside.sum()) == 4
+        losses.append(F.cross_entropy(logits[inside][:, block], targets[inside] - block.start))
+    torch.testing.assert_close(output.image_loss, sum(losses) / 2)
+
+    drawn = model.generate(**inputs, generation_mode="image", do_sample=True, max_new_tokens=20)
+    (part,) = (part for part in processor.parse(drawn[0, inputs["input_ids"].shape[1] :]))
+    assert part.complete
+    torch.testing.assert_close(
+        model.decode_image_tokens(drawn[0, inputs["input_ids"].shape[1] :]), codec.decode(part.codes)
+    )

@@ -18,7 +18,7 @@ def picture_to_codes(model: UniMM, source: str, target: str) -> None:
     codes = model.model.codec.encode(pixels)
     assert codes.grid is not None
     record = {
-        "codes": codes.ids[0, :, 0].tolist(),
+        "codes": codes.ids[0].tolist(),
         "height": codes.grid[0][0],
         "width": codes.grid[0][1],
         "fingerprint": model.model.codec.fingerprint(),
@@ -35,7 +35,7 @@ def codes_to_picture(model: UniMM, source: str, target: str) -> None:
     """
     try:
         record = json.loads(Path(source).read_text())
-        ids = torch.tensor(record["codes"], dtype=torch.int64).view(1, record["height"], record["width"], 1)
+        ids = torch.tensor(record["codes"], dtype=torch.int64).view(1, record["height"], record["width"], -1)
         fingerprint = record["fingerprint"]
     except (json.JSONDecodeError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(

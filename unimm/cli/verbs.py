@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+TRIALS = 200  # per category
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -117,9 +119,18 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
+def _limit_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit", type=int, default=TRIALS, help=f"trials per category (default: {TRIALS})")
+
+
+def _measuring(limit: int) -> str:
+    """The command that measures the same again."""
+    return "unimm evaluate tiny" + (f" --limit {limit}" if limit != TRIALS else "")
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", choices=["tiny"], help="tiny: the rendered worlds")
-    parser.add_argument("--limit", type=int, default=200, help="trials per category (default: 200)")
+    _limit_argument(parser)
     parser.add_argument("--folder", help="where report.md, report.json and drawings.png go")
 
 
@@ -128,15 +139,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from unimm.evaluation import evaluate_tiny
 
-    command = "unimm evaluate tiny" + (f" --limit {arguments.limit}" if arguments.limit != 200 else "")
     folder = Path(arguments.folder) if arguments.folder else None
-    print(evaluate_tiny(_load(arguments), command=command, limit=arguments.limit, folder=folder).to_markdown())
+    command, limit = _measuring(arguments.limit), arguments.limit
+    print(evaluate_tiny(_load(arguments), command=command, limit=limit, folder=folder).to_markdown())
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a trained model, for example runs/tiny-sft/model")
     parser.add_argument("target", help="folder that becomes the Hub repository")
     parser.add_argument("--detokenizer", help="a trained one, for example runs/tiny-detokenizer/model")
+    _limit_argument(parser)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -149,7 +161,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
     detokenizer = Path(arguments.detokenizer) if arguments.detokenizer else None
     folder = write_repository(Path(arguments.source), Path(arguments.target), detokenizer)
-    report = evaluate_tiny(unimm.load(folder), command="unimm evaluate tiny", folder=folder)
+    limit = arguments.limit
+    report = evaluate_tiny(unimm.load(folder), command=_measuring(limit), limit=limit, folder=folder)
     write_card(folder, report.to_markdown(), num_emoji=NUM_GLYPHS)
     print(report.to_markdown())
 

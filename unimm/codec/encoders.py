@@ -217,8 +217,8 @@ class FormAndPaletteEncoder(nn.Module):
 
     The form branch sees the cell's luminance stretched to [0, 1], which is the same for a red disc and a blue one. The
     palette branch sees how far the cell's colours reach along learned directions of colour space, a maximum over its
-    pixels as in PointNet (1612.00593), which is the same for a disc and a square. Under a quantizer of two parts, a language model that knows a shape from one colour and a
-    colour from another shape knows the codes of their combination.
+    pixels as in PointNet (1612.00593), which is the same for a disc and a square. Under a quantizer of two parts, a
+    language model that knows a shape from one colour and a colour from another shape knows the codes of both together.
     """
 
     def __init__(self, config: FormAndPaletteConfig) -> None:
@@ -242,7 +242,7 @@ class FormAndPaletteEncoder(nn.Module):
 
 
 def stretched_luminance(pixel_values: torch.Tensor, patch: int) -> torch.Tensor:
-    """Luminance `[B, 1, H, W]` of pixels in [-1, 1], linear in each cell from its darkest pixel, 0, to its brightest, 1.
+    """Luminance `[B, 1, H, W]` of pixels in [-1, 1], linear from 0 at a cell's darkest pixel to 1 at its brightest.
 
     A cell of one colour is 0 everywhere; contrasts below `FAINT` are dimmed rather than blown up.
     """

@@ -24,7 +24,7 @@ SHARD_ROWS = 5_000
 ENCODE_BATCH = 50
 FEATURES = Features(
     {
-        "codes": List(Value("uint32")),
+        "codes": List(List(Value("uint32"))),
         "height": Value("int32"),
         "width": Value("int32"),
         "captions": List(Value("string")),
@@ -89,8 +89,8 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
 
 def row_codes(row: dict) -> VisualCodes:
     """The picture of a row."""
-    ids = torch.tensor(row["codes"], dtype=torch.int64)
-    return VisualCodes.from_grid(ids.view(1, row["height"], row["width"], 1))
+    ids = torch.tensor(row["codes"], dtype=torch.int64)  # [N, K]
+    return VisualCodes.from_grid(ids.view(1, row["height"], row["width"], -1))
 
 
 def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], fingerprint: str) -> list[dict]:
@@ -100,7 +100,7 @@ def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], f
     assert codes.grid is not None
     return [
         {
-            "codes": codes.ids[position, :, 0].tolist(),
+            "codes": codes.ids[position].tolist(),
             "height": codes.grid[position][0],
             "width": codes.grid[position][1],
             "captions": list(example.captions),

@@ -50,7 +50,7 @@ class CodesToImagePipeline(DiffusionPipeline):
         """One picture per image of `codes`.
 
         Args:
-            codes: of a codec with one code per position, on the transformer's grid.
+            codes: of the codec that the transformer was trained on, on its grid.
             num_inference_steps: evaluations of the transformer.
             guidance_scale: 1 follows the codes as learned; above 1 exaggerates them, at twice the cost.
             generator: of the noise; one per picture makes a picture independent of its batch.
@@ -60,7 +60,7 @@ class CodesToImagePipeline(DiffusionPipeline):
             ValueError: codes of another grid or codebook, or a wrong number of steps, generators or output type.
         """
         self.check_inputs(codes, num_inference_steps, generator, output_type)
-        ids = codes.ids[..., 0].to(self._execution_device)  # [B, N]
+        ids = codes.ids.to(self._execution_device)  # [B, N, K]
         latents = self.prepare_latents(len(codes), generator)
         # Equal steps that end on 1 / steps: the scheduler's own choice spends its last evaluation next to zero noise.
         sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
@@ -89,21 +89,24 @@ class CodesToImagePipeline(DiffusionPipeline):
             raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
 
     def _check_codes(self, codes: VisualCodes) -> None:
-        side, size = self.transformer.config.code_grid, self.transformer.config.codebook_size
-        if len(codes) == 0 or codes.ids.shape[2] != 1:
-            raise ValueError(f"Codes are {tuple(codes.ids.shape)}; this pipeline takes [B, N, 1] with B at least 1.")
+        side, sizes = self.transformer.config.code_grid, self.transformer.config.codebook_sizes
+        if len(codes) == 0 or codes.ids.shape[2] != len(sizes):
+            raise ValueError(
+                f"Codes are {tuple(codes.ids.shape)}; this pipeline takes [B, N, {len(sizes)}] with B at least 1."
+            )
         square = codes.grid is not None and set(codes.grid) == {(side, side)}
         if not square or codes.ids.shape[1] != side * side:
             raise ValueError(
                 f"Codes have grid {codes.grid} and {codes.ids.shape[1]} positions; this pipeline draws {side} x {side} "
                 "codes. Encode square pictures with the codec that it was trained on."
             )
-        low, high = int(codes.ids.min()), int(codes.ids.max())
-        if not 0 <= low <= high < size:
-            raise ValueError(
-                f"Codes range over [{low}, {high}]; this pipeline knows ids 0 to {size - 1}. "
-                "Were they offset into a vocabulary, or made by another codec?"
-            )
+        for size, slot in zip(sizes, codes.ids.unbind(dim=-1), strict=True):
+            low, high = int(slot.min()), int(slot.max())
+            if not 0 <= low <= high < size:
+                raise ValueError(
+                    f"Codes range over [{low}, {high}]; this pipeline knows ids 0 to {size - 1}. "
+                    "Were they offset into a vocabulary, or made by another codec?"
+                )
 
     def prepare_latents(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
@@ -120,6 +123,6 @@ class CodesToImagePipeline(DiffusionPipeline):
         if guidance_scale == 1:
             return self.transformer(latents, timestep, ids).sample
         drop = torch.arange(2, device=ids.device).repeat_interleave(len(ids)).bool()  # [2 * B]
-        doubled = self.transformer(torch.cat([latents] * 2), timestep.repeat(2), ids.repeat(2, 1), drop).sample
+        doubled = self.transformer(torch.cat([latents] * 2), timestep.repeat(2), ids.repeat(2, 1, 1), drop).sample
         with_codes, without_codes = doubled.chunk(2)
         return without_codes + guidance_scale * (with_codes - without_codes)

@@ -2,7 +2,8 @@
 
 A small diffusion transformer (DiT, 2212.09748) with one modulation shared by all blocks (2310.00426). Inside, it
 predicts the clean picture, from which the velocity follows: pictures lie on far fewer dimensions than noise, so a
-narrow network can carry them (2511.13720).
+narrow network can carry them (2511.13720). That picture is a convolutional sketch of the codes plus what the
+transformer adds to it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from unimm.codec.decoders import ConvDecoder, ConvDecoderConfig
 from unimm.nn.blocks import MLP, SelfAttention
 from unimm.nn.positions import sincos_2d
 
@@ -47,9 +49,10 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         sample_size: side of the picture in pixels.
         patch_size: side of a patch; one patch is one position of the transformer.
         width, depth, num_heads, mlp_ratio: of the transformer.
-        codebook_size: number of visual codes.
-        code_dim: width of a code's embedding.
-        code_grid: codes per side of the picture.
+        codebook_sizes: number of visual codes of each slot of a position.
+        code_dim: width of the embeddings of a position's codes together, an equal part for each.
+        code_grid: positions per side of the picture.
+        sketch_width: channels of the last stage of the convolutions that sketch the picture from its codes alone.
         num_train_timesteps: the scheduler's; a timestep divided by it is the noise level sigma in [0, 1].
 
     Raises:
@@ -68,24 +71,28 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         depth: int = 6,
         num_heads: int = 3,
         mlp_ratio: int = 3,
-        codebook_size: int = 4096,
+        codebook_sizes: tuple[int, ...] = (4096,),
         code_dim: int = 128,
         code_grid: int = 8,
+        sketch_width: int = 64,
         num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
         _check_sizes(sample_size, patch_size, width, num_heads, code_grid)
         self.rows = sample_size // patch_size
         self.patches_in = nn.Conv2d(3, width, patch_size, stride=patch_size)
-        self.code_embedding = nn.Embedding(codebook_size, code_dim)
+        self.code_embeddings = nn.ModuleList(
+            nn.Embedding(size, code_dim // len(codebook_sizes)) for size in codebook_sizes
+        )
         self.codes_in = nn.Linear(code_dim, width * (self.rows // code_grid) ** 2)
+        cell = sample_size // code_grid
+        self.sketch = ConvDecoder(ConvDecoderConfig(patch=cell // 2, channels=(code_dim, sketch_width), blocks=1))
         self.time_features = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIME_CHANNELS, width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(ModulatedBlock(width, num_heads, mlp_ratio) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width)
         self.patches_out = nn.Linear(width, 3 * patch_size**2)
-        nn.init.normal_(self.code_embedding.weight)
         nn.init.zeros_(self.patches_out.weight)
         nn.init.zeros_(self.patches_out.bias)
 
@@ -101,29 +108,38 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         Args:
             hidden_states: noisy pixels `[B, 3, H, W]`.
             timestep: `[B]` in [0, num_train_timesteps].
-            codes: int64 `[B, N]` in raster order.
+            codes: int64 `[B, N, K]` in raster order.
             drop_codes: bool `[B]`, True where the picture must be drawn without its codes.
         """
         time = self.time_embedding(self.time_features(timestep).to(hidden_states.dtype))  # [B, D]
         modulation = self.modulation(nn.functional.silu(time)).unflatten(1, (6, -1))  # [B, 6, D]
         patches = self.patches_in(hidden_states).flatten(2).transpose(1, 2)  # [B, rows * rows, D]
         positions = sincos_2d(self.rows, self.rows, patches.shape[-1], patches.device)
-        hidden = patches + positions.to(patches.dtype) + self.embed_codes(codes, drop_codes)
+        embedded = self.embed_codes(codes, drop_codes)
+        hidden = patches + positions.to(patches.dtype) + self._spread(self.codes_in(embedded))
         for block in self.blocks:
             hidden = block(hidden, modulation)
-        clean = self._unpatchify(self.patches_out(self.norm_out(hidden)))
+        clean = self.sketch(self._to_grid(embedded)) + self._unpatchify(self.patches_out(self.norm_out(hidden)))
         sigma = (timestep.float() / self.config.num_train_timesteps).clamp(min=MIN_SIGMA).view(-1, 1, 1, 1)
         velocity = (hidden_states.float() - clean.float()) / sigma
         return Transformer2DModelOutput(sample=velocity.to(hidden_states.dtype))
 
     def embed_codes(self, codes: torch.Tensor, drop_codes: torch.Tensor | None) -> torch.Tensor:
-        """Codes `[B, N]` spread over the patches that each stands for, `[B, rows * rows, D]`; none where dropped."""
-        embedded = self.code_embedding(codes)  # [B, N, code_dim]
+        """Codes `[B, N, K]` to embeddings `[B, N, code_dim]`, zeros where dropped."""
+        slots = zip(self.code_embeddings, codes.unbind(dim=-1), strict=True)
+        embedded = torch.cat([embedding(slot) for embedding, slot in slots], dim=-1)  # [B, N, code_dim]
         if drop_codes is not None:
             embedded = embedded.masked_fill(drop_codes[:, None, None], 0)
-        side = self.config.code_grid
-        grid = self.codes_in(embedded).transpose(1, 2).unflatten(2, (side, side))  # [B, D * factor**2, side, side]
-        return nn.functional.pixel_shuffle(grid, self.rows // side).flatten(2).transpose(1, 2)
+        return embedded
+
+    def _to_grid(self, positions: torch.Tensor) -> torch.Tensor:
+        """`[B, N, D]` to `[B, D, side, side]`."""
+        return positions.transpose(1, 2).unflatten(2, (self.config.code_grid, self.config.code_grid))
+
+    def _spread(self, positions: torch.Tensor) -> torch.Tensor:
+        """`[B, N, D * factor**2]` to the patches that each position stands for, `[B, rows * rows, D]`."""
+        factor = self.rows // self.config.code_grid
+        return nn.functional.pixel_shuffle(self._to_grid(positions), factor).flatten(2).transpose(1, 2)
 
     def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
         grid = patches.transpose(1, 2).unflatten(2, (self.rows, self.rows))  # [B, 3 * patch * patch, rows, rows]

@@ -151,29 +151,29 @@ def held_out(world: str, category: str, number: int) -> list[Example]:
     return [source.example(index, category=category) for index in range(number)]
 
 
-def round_trip(model: UniMM, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor, set[int]]:
-    """Pixels, their reconstructions, and the codes that were used."""
+def round_trip(model: UniMM, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pixels, their reconstructions, and their codes `[B N, K]`."""
     pixels = to_pixel_values(np.stack([np.asarray(image) for image in images]))
-    codec, decoded, used = model.model.codec, [], set[int]()
+    codec, decoded, used = model.model.codec, [], []
     for batch in pixels.split(BATCH):
         codes = codec.encode(batch.to(codec.device))
-        used.update(codes.ids.flatten().tolist())
+        used.append(codes.ids.flatten(0, 1))
         decoded.append(codec.decode(codes).cpu())
-    return pixels, torch.cat(decoded), used
+    return pixels, torch.cat(decoded), torch.cat(used)
 
 
 def codec_figures(model: UniMM, limit: int) -> list[Figure]:
     """PSNR on unseen scenes, and the share of the codebook that unseen scenes of all worlds use."""
-    figures, used = [], set[int]()
+    figures, used = [], []
     for world, target in (("shapes", 30.0), ("emoji", 24.0), ("words", 24.0)):
         source = WORLDS[world](split="held_out", seed=SEED)
         images = [source.example(index).image for index in range(2 * limit)]
         pixels, decoded, codes = round_trip(model, images)
-        used |= codes
+        used.append(codes)
         if world != "words":
             value = float(psnr(decoded, pixels).mean())
             figures.append(Figure("codec", f"PSNR, {world}", value, len(images), target, unit="dB"))
-    share = len(used) / model.model.codec.spec_without_fingerprint.single_size
+    share = model.model.codec.spec_without_fingerprint.share_used(torch.cat(used))
     return [*figures, Figure("codec", "codes used", 100 * share, 6 * limit, 60.0, unit="%")]
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from unimm.sequence import SpanGrammar
+from unimm.sequence import ImageSpan, SpanGrammar
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class PictureRows:
     """A picture so far.
 
     Args:
-        codes: all codes of the picture that are known, without offset, in raster order.
+        codes: the K codes of every position that is known, without offset, in raster order.
         rows: whole rows among them.
         grid: (rows, columns) of the whole picture.
     """
 
-    codes: tuple[int, ...]
+    codes: tuple[tuple[int | None, ...], ...]
     rows: int
     grid: tuple[int, int]
 
@@ -92,12 +92,14 @@ class AnswerStreamer(BaseStreamer):
 
     def _show(self, span: Sequence[int]) -> None:
         for shape in self.grammar.shapes:
-            start = 1 + len(shape.prefix)
-            if shape.grid is None or tuple(span[1:start]) != shape.prefix or len(span) <= start:
+            codes = span[1 + len(shape.prefix) :]
+            if shape.grid is None or tuple(span[1 : 1 + len(shape.prefix)]) != shape.prefix or not codes:
                 continue
-            codes = tuple(token - self.grammar.vocabulary.image_token_offset for token in span[start:])
-            if len(codes) % shape.grid[1] == 0:
-                self.receive(PictureRows(codes, len(codes) // shape.grid[1], shape.grid))
+            rows, rest = divmod(len(codes), shape.grid[1] * self.grammar.vocabulary.num_codebooks)
+            if not rest:
+                (picture,) = self.grammar.parse(list(span))
+                assert isinstance(picture, ImageSpan)
+                self.receive(PictureRows(picture.codes, rows, shape.grid))
 
     def _write(self, *, final: bool) -> None:
         decoded = self.tokenizer.decode(self.text, skip_special_tokens=True)

@@ -20,9 +20,9 @@ tags:
 BODY = """
 # unimm-tiny
 
-One causal language model that reads and draws 128 x 128 pictures: a convolutional FSQ codec turns a picture into 64
-codes, and a {layers}-layer {architecture} of width {width} works over text and codes alike. {parameters} weights in
-all.{detokenizer}
+One causal language model that reads and draws 128 x 128 pictures: its codec turns a picture into 64 positions of
+two codes, a form and a palette, and a {layers}-layer {architecture} of width {width} works over text and codes alike.
+{parameters} weights in all.{detokenizer}
 
 ![drawings, failures first, framed by the judge](drawings.png)
 

@@ -5,9 +5,9 @@ machine serves generation, the scoring of sampled answers, and packed rows.
 
     0                 text: any text id or `<boi>`
     1 .. P            after `<boi>`: the ids that may spell a size, one state per node of their prefix tree
-    P + 1             codes only
-    P + 2             codes or `<eoi>`
-    P + 3             `<eoi>` only
+    P + 1 .. P + K    a code of slot 0, 1, .. K - 1; the slots of a position follow each other
+    P + K + 1         a code of slot 0, or `<eoi>`
+    P + K + 2         `<eoi>` only
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class SpanShape:
     Args:
         grid: (rows, columns), or None for a 1-D code.
         prefix: text ids that spell the size after `<boi>`; empty where the codec makes one size only.
-        min_codes, max_codes: legal numbers of codes.
+        min_positions, max_positions: legal numbers of positions, of K codes each.
     """
 
     grid: tuple[int, int] | None
     prefix: tuple[int, ...]
-    min_codes: int
-    max_codes: int
+    min_positions: int
+    max_positions: int
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class ImageSpan:
     """A picture.
 
     Args:
-        codes: codes without offset; None for a placeholder in a prompt.
+        codes: the K codes of every whole position, without offset; None for a placeholder in a prompt.
         grid: (rows, columns), or None.
         complete: False where the sequence ended before `<eoi>`.
     """
 
-    codes: tuple[int | None, ...]
+    codes: tuple[tuple[int | None, ...], ...]
     grid: tuple[int, int] | None
     complete: bool
 
@@ -79,7 +79,17 @@ class SpanGrammar:
 
     @property
     def num_states(self) -> int:
-        return len(self._nodes) + 4
+        return 1 + len(self._nodes) + self.vocabulary.num_codebooks + 2
+
+    @property
+    def longest(self) -> int:
+        """Ids of the longest picture, its opening and end included."""
+        return max(len(s.prefix) + s.max_positions * self.vocabulary.num_codebooks + 2 for s in self.shapes)
+
+    @property
+    def _slot_state(self) -> int:
+        """The state before a code of slot 0; those of the other slots follow."""
+        return 1 + len(self._nodes)
 
     @cached_property
     def table(self) -> torch.Tensor:
@@ -90,8 +100,9 @@ class SpanGrammar:
         for prefix in self._by_prefix:
             for depth in range(len(prefix)):
                 table[self._nodes[prefix[:depth]], prefix[depth]] = True
-        codes = slice(vocabulary.image_token_offset, vocabulary.image_token_end)
-        table[-3, codes] = table[-2, codes] = True
+        for slot, block in enumerate(vocabulary.blocks):
+            table[self._slot_state + slot, block] = True
+        table[-2, vocabulary.blocks[0]] = True
         table[-2, vocabulary.eoi_token_id] = table[-1, vocabulary.eoi_token_id] = True
         return table
 
@@ -106,8 +117,10 @@ class SpanGrammar:
         for shape in self.shapes:
             matches = self._matches(input_ids, since, shape)
             seen = since - len(shape.prefix)
-            code_state = torch.where(seen >= shape.max_codes, self.num_states - 1, self.num_states - 2)
-            code_state = torch.where(seen < shape.min_codes, self.num_states - 3, code_state)
+            slot, positions = seen % self.vocabulary.num_codebooks, seen // self.vocabulary.num_codebooks
+            code_state = torch.where(positions >= shape.max_positions, self.num_states - 1, self.num_states - 2)
+            code_state = torch.where(positions < shape.min_positions, self._slot_state, code_state)
+            code_state = torch.where(slot > 0, self._slot_state + slot, code_state)
             after = torch.where(matches & (seen >= 0), code_state, after)
         for node, state in self._nodes.items():
             here = self._matches(input_ids, since, SpanShape(None, node, 0, 0)) & (since == len(node))
@@ -127,28 +140,20 @@ class SpanGrammar:
         """Ids of the one picture in `codes`: `<boi>` size codes `<eoi>`.
 
         Raises:
-            ValueError: not one picture, K > 1, a grid that no shape allows, or codes out of range.
+            ValueError: not one picture, another K, a grid that no shape allows, or codes out of range.
         """
-        if len(codes) != 1 or codes.ids.shape[2] != 1:
-            raise ValueError(f"Codes are {tuple(codes.ids.shape)}; a span holds one picture of one code per position.")
-        kept = codes.ids[0, codes.mask[0], 0]
+        if len(codes) != 1:
+            raise ValueError(f"Codes are {tuple(codes.ids.shape)}; a span holds one picture.")
+        kept = codes.ids[0, codes.mask[0]]  # [N, K]
         grid = None if codes.grid is None else codes.grid[0]
-        body = self.vocabulary.to_token_ids(kept).tolist()
-        return self.wrap(body, grid)
-
-    def wrap(self, body: list[int], grid: tuple[int, int] | None) -> list[int]:
-        """`<boi>` size `body` `<eoi>`.
-
-        Raises:
-            ValueError: no shape has this grid and length.
-        """
+        body = self.vocabulary.to_token_ids(kept).flatten().tolist()
         for shape in self.shapes:
-            if shape.grid == grid and shape.min_codes <= len(body) <= shape.max_codes:
+            if shape.grid == grid and shape.min_positions <= len(kept) <= shape.max_positions:
                 return [self.vocabulary.boi_token_id, *shape.prefix, *body, self.vocabulary.eoi_token_id]
         legal = ", ".join(
-            str(shape.grid or f"{shape.min_codes} to {shape.max_codes} codes") for shape in self.shapes[:8]
+            str(shape.grid or f"{shape.min_positions} to {shape.max_positions} positions") for shape in self.shapes[:8]
         )
-        raise ValueError(f"A picture of grid {grid} with {len(body)} codes is not legal here; legal are {legal}.")
+        raise ValueError(f"A picture of grid {grid} with {len(kept)} positions is not legal here; legal are {legal}.")
 
     def parse(self, ids: list[int]) -> list[TextSpan | ImageSpan]:
         """Split ids into text and pictures, in order; empty text is left out."""
@@ -171,20 +176,22 @@ class SpanGrammar:
         vocabulary = self.vocabulary
         shape = next((s for s in self.shapes if tuple(ids[start : start + len(s.prefix)]) == s.prefix), None)
         position = start + (len(shape.prefix) if shape else 0)
-        codes: list[int | None] = []
+        flat: list[int | None] = []
         while position < len(ids):
-            token = ids[position]
+            token, block = ids[position], vocabulary.blocks[len(flat) % vocabulary.num_codebooks]
             if token == vocabulary.image_token_id:
-                codes.append(None)
-            elif vocabulary.image_token_offset <= token < vocabulary.image_token_end:
-                codes.append(token - vocabulary.image_token_offset)
+                flat.append(None)
+            elif block.start <= token < block.stop:
+                flat.append(token - block.start)
             else:
                 break
             position += 1
+        codes = tuple(zip(*[iter(flat)] * vocabulary.num_codebooks, strict=False))
         closed = position < len(ids) and ids[position] == vocabulary.eoi_token_id
-        legal = shape is not None and shape.min_codes <= len(codes) <= shape.max_codes
+        whole = len(codes) * vocabulary.num_codebooks == len(flat)
+        legal = whole and shape is not None and shape.min_positions <= len(codes) <= shape.max_positions
         grid = shape.grid if shape is not None and legal else None
-        return ImageSpan(tuple(codes), grid, closed and legal), position + closed
+        return ImageSpan(codes, grid, closed and legal), position + closed
 
     def _last_opening(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether a span is open after each position, and how many ids follow its `<boi>`; both `[B, T]`."""

@@ -56,7 +56,7 @@ class UniMMProcessor(ProcessorMixin):
         image_processor: of the codec.
         tokenizer: with `boi_token`, `eoi_token` and `image_token`; see `from_tokenizer`.
         grids: legal (rows, columns) of pictures; with one, spans spell no size.
-        codebook_size: of the codec.
+        codebook_sizes: of the codec's slots; a position of a picture takes one id per slot.
         text_rows: rows of the language model that belong to text.
         downsample: pixels per grid cell.
         chat_template: Jinja; None takes the tokenizer's, or ours.
@@ -67,13 +67,13 @@ class UniMMProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         grids: Sequence[Sequence[int]] = ((8, 8),),
-        codebook_size: int = 4096,
+        codebook_sizes: Sequence[int] = (4096,),
         text_rows: int | None = None,
         downsample: int = 16,
         chat_template: str | None = None,
     ) -> None:
         self.grids = [list(grid) for grid in grids]
-        self.codebook_size = codebook_size
+        self.codebook_sizes = list(codebook_sizes)
         self.text_rows = text_rows or len(tokenizer)
         self.downsample = downsample
         self.image_token = tokenizer.image_token
@@ -88,7 +88,7 @@ class UniMMProcessor(ProcessorMixin):
         image_processor: Any,
         *,
         grids: Sequence[Sequence[int]],
-        codebook_size: int,
+        codebook_sizes: Sequence[int],
         downsample: int,
         text_rows: int | None = None,
     ) -> UniMMProcessor:
@@ -109,7 +109,7 @@ class UniMMProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
-        return cls(image_processor, tokenizer, grids, codebook_size, text_rows, downsample)
+        return cls(image_processor, tokenizer, grids, codebook_sizes, text_rows, downsample)
 
     @property
     def shapes(self) -> tuple[SpanShape, ...]:
@@ -126,7 +126,7 @@ class UniMMProcessor(ProcessorMixin):
         tokenizer = self.tokenizer
         return VisualVocabulary(
             image_token_offset=self.text_rows,
-            codebook_size=self.codebook_size,
+            codebook_sizes=tuple(self.codebook_sizes),
             boi_token_id=tokenizer.boi_token_id,
             eoi_token_id=tokenizer.eoi_token_id,
             image_token_id=tokenizer.image_token_id,
@@ -163,7 +163,7 @@ class UniMMProcessor(ProcessorMixin):
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         grid = [height // self.downsample, width // self.downsample]
         size = size_text(grid) if len(self.grids) > 1 else ""
-        placeholders = self.image_token * (grid[0] * grid[1])
+        placeholders = self.image_token * (grid[0] * grid[1] * len(self.codebook_sizes))
         return f"{self.tokenizer.boi_token}{size}{placeholders}{self.tokenizer.eoi_token}"
 
     def encode_messages(
@@ -221,7 +221,8 @@ class UniMMProcessor(ProcessorMixin):
         parts: list[TextPart | ImagePart] = []
         for span in self.grammar.parse(plain):
             if isinstance(span, ImageSpan):
-                codes = torch.tensor([code or 0 for code in span.codes], dtype=torch.int64).view(1, -1, 1)
+                flat = [code or 0 for position in span.codes for code in position]
+                codes = torch.tensor(flat, dtype=torch.int64).view(1, -1, len(self.codebook_sizes))
                 grid = [span.grid] if span.grid else None
                 parts.append(
                     ImagePart(VisualCodes(codes, torch.ones_like(codes[..., 0], dtype=torch.bool), grid), span.complete)

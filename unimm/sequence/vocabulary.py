@@ -1,6 +1,7 @@
 """One row space for text and pictures: text rows first, then one contiguous block of code rows.
 
-Codes become ids by adding an offset. They are never tokens of the text tokenizer: 131,072 added tokens cost seconds per
+Codes become ids by adding an offset; where a position has K codes, the block holds one codebook after the other and a
+position becomes K ids in a row. They are never tokens of the text tokenizer: 131,072 added tokens cost seconds per
 load and would let user text spell a picture.
 """
 
@@ -19,7 +20,7 @@ class VisualVocabulary:
 
     Args:
         image_token_offset: row of code 0; every row below belongs to text.
-        codebook_size: code rows.
+        codebook_sizes: code rows of each of the K slots of a position.
         boi_token_id: opens a picture.
         eoi_token_id: closes a picture.
         image_token_id: stands in a prompt for a code that the model has yet to compute.
@@ -30,7 +31,7 @@ class VisualVocabulary:
     """
 
     image_token_offset: int
-    codebook_size: int
+    codebook_sizes: tuple[int, ...]
     boi_token_id: int
     eoi_token_id: int
     image_token_id: int
@@ -45,13 +46,24 @@ class VisualVocabulary:
                 f"boi, eoi and image ids are {structural}, pad is {self.pad_token_id}; they must be different text "
                 f"rows, below image_token_offset = {self.image_token_offset}."
             )
-        if self.codebook_size < 1:
-            raise ValueError(f"codebook_size is {self.codebook_size}; it must be positive.")
+        if not self.codebook_sizes or min(self.codebook_sizes) < 1:
+            raise ValueError(f"codebook_sizes are {self.codebook_sizes}; name one positive size per slot.")
+
+    @property
+    def num_codebooks(self) -> int:
+        """K."""
+        return len(self.codebook_sizes)
 
     @property
     def image_token_end(self) -> int:
         """One past the last code row."""
-        return self.image_token_offset + self.codebook_size
+        return self.image_token_offset + sum(self.codebook_sizes)
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """Rows of each slot's codes."""
+        starts = [self.image_token_offset + sum(self.codebook_sizes[:slot]) for slot in range(self.num_codebooks)]
+        return tuple(slice(start, start + size) for start, size in zip(starts, self.codebook_sizes, strict=True))
 
     @property
     def size(self) -> int:
@@ -59,29 +71,35 @@ class VisualVocabulary:
         return -(-self.image_token_end // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def to_token_ids(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes of any shape to ids.
+        """Codes `[..., K]` to ids of the same shape.
 
         Raises:
-            ValueError: a code outside the codebook.
+            ValueError: another K, or a code outside its codebook.
         """
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+        starts, sizes = self._starts(codes), codes.new_tensor(self.codebook_sizes)
+        if not bool(((codes >= 0) & (codes < sizes)).all()):
             raise ValueError(
-                f"Codes range over [{int(codes.min())}, {int(codes.max())}]; "
-                f"the codebook has 0 to {self.codebook_size - 1}."
+                f"Codes range over [{int(codes.min())}, {int(codes.max())}]; the codebooks have 0 to "
+                f"{', '.join(str(size - 1) for size in self.codebook_sizes)}."
             )
-        return codes + self.image_token_offset
+        return codes + starts
 
     def to_codes(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Ids of code rows to codes.
+        """Ids `[..., K]` of code rows to codes of the same shape.
 
         Raises:
-            ValueError: an id that is no code.
+            ValueError: another K, or an id that is no code of its slot.
         """
-        if not bool(self.is_code(token_ids).all()):
-            raise ValueError(
-                f"Some ids are no picture codes; those are {self.image_token_offset} to {self.image_token_end - 1}."
-            )
-        return token_ids - self.image_token_offset
+        codes = token_ids - self._starts(token_ids)
+        if not bool(((codes >= 0) & (codes < codes.new_tensor(self.codebook_sizes))).all()):
+            ranges = ", ".join(f"{block.start} to {block.stop - 1}" for block in self.blocks)
+            raise ValueError(f"Some ids are no picture codes; those of the slots are {ranges}.")
+        return codes
+
+    def _starts(self, like: torch.Tensor) -> torch.Tensor:
+        if not like.ndim or like.shape[-1] != self.num_codebooks:
+            raise ValueError(f"The last dimension of {tuple(like.shape)} must be the {self.num_codebooks} slots.")
+        return like.new_tensor([block.start for block in self.blocks])
 
     def is_code(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Where ids are codes, bool of the same shape."""

@@ -71,7 +71,7 @@ class CodecTask:
             figures[f"psnr_{name}"] = float(psnr(self.codec.decode(codes).cpu(), pixels).mean())
             used.append(codes.ids.flatten(0, 1))
         self.codec.train()
-        return {**figures, "codes_used_in_validation": share_of_codes_used(torch.cat(used), self.codec)}
+        return {**figures, "codes_used_in_validation": self.codec.spec_without_fingerprint.share_used(torch.cat(used))}
 
     def draw_sheet(self, path: Path) -> None:
         """Originals above their reconstructions, for every world."""
@@ -85,11 +85,6 @@ class CodecTask:
         self.codec.eval().to(memory_format=torch.contiguous_format).save_pretrained(path)
         size = {"height": self.codec.config.image_size, "width": self.codec.config.image_size}
         VisualCodecImageProcessor(size=size).save_pretrained(path)
-
-
-def share_of_codes_used(ids: torch.Tensor, codec: VisualCodecModel) -> float:
-    """Share of all codes of all slots that occur in `ids` `[M, K]`."""
-    return sum(len(slot.unique()) for slot in ids.unbind(dim=1)) / codec.spec_without_fingerprint.num_codes
 
 
 def reconstruction_losses(

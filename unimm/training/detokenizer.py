@@ -35,7 +35,7 @@ class DetokenizerRecipe:
     """A recipe with `task: detokenizer`.
 
     Args:
-        codec: a saved codec of one code per position.
+        codec: a saved codec.
         model: keys of `CodesToImageTransformer2DModel` other than those that the codec decides.
         drop_codes: share of pictures drawn without their codes, so that guidance has something to lean on.
     """
@@ -58,7 +58,7 @@ class DetokenizerTask:
         recipe: of the stage.
         codec: frozen.
         pool: uint8 `[S, H, W, 3]`.
-        codes: int64 `[S, N]`, of the pool.
+        codes: int64 `[S, N, K]`, of the pool.
     """
 
     def __init__(self, recipe: DetokenizerRecipe, codec: VisualCodecModel, pool: np.ndarray, codes: torch.Tensor):
@@ -118,28 +118,28 @@ class DetokenizerTask:
 
 
 def begin_transformer(recipe: DetokenizerRecipe, codec: VisualCodecModel) -> CodesToImageTransformer2DModel:
-    """A denoiser of the codec's sizes, whose code embedding begins as the codec's vectors at unit variance."""
+    """A denoiser of the codec's sizes, whose code embeddings begin as the codec's vectors at unit variance."""
     side = codec.config.image_size
     transformer = CodesToImageTransformer2DModel(
         **recipe.model,
         sample_size=side,
-        codebook_size=codec.spec_without_fingerprint.single_size,
+        codebook_sizes=codec.spec_without_fingerprint.sizes,
         code_dim=codec.dim,
         code_grid=side // codec.config.downsample,
     )
-    vectors = codec.code_vectors().cpu()
-    with torch.no_grad():
-        transformer.code_embedding.weight.copy_((vectors - vectors.mean(dim=0)) / vectors.std().clamp_min(1e-6))
+    for embedding, vectors in zip(transformer.code_embeddings, codec.code_vectors(), strict=True):
+        assert isinstance(embedding, nn.Embedding)
+        embedding.weight.data.copy_((vectors - vectors.mean(dim=0)) / vectors.std().clamp_min(1e-6))
     return transformer
 
 
 def encode_pool(codec: VisualCodecModel, pool: np.ndarray, path: Path) -> torch.Tensor:
-    """Codes `[S, N]` of a pool, encoded once and kept in `path`."""
+    """Codes `[S, N, K]` of a pool, encoded once and kept in `path`."""
     if not path.exists():
         starts = tqdm(range(0, len(pool), ENCODE_BATCH), desc="encoding")
         batches = [codec.encode(to_pixel_values(pool[i : i + ENCODE_BATCH]).to(codec.device)).ids for i in starts]
         with atomic_write(path) as temporary, temporary.open("wb") as file:
-            np.save(file, torch.cat(batches)[..., 0].cpu().numpy())
+            np.save(file, torch.cat(batches).cpu().numpy())
     return torch.from_numpy(np.load(path))
 
 

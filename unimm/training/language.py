@@ -35,6 +35,7 @@ from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration, config_for
 
 IGNORED_LABEL = -100
+WORDS_PER_ANSWER = 64  # room beside one picture
 TEXT_SAMPLES = 4_000  # rows whose words the text vocabulary is learned from
 SAMPLE_PROMPTS = (
     "a red circle",
@@ -212,7 +213,7 @@ def draw_samples(model: UniMMForConditionalGeneration, processor: UniMMProcessor
         add_generation_prompt=True,
         processor_kwargs={"padding": True},
     ).to(model.device)
-    output = model.generate(**inputs, generation_mode="image", max_new_tokens=80)
+    output = model.generate(**inputs, generation_mode="image")
     pixels = torch.cat([model.decode_image_tokens(row) for row in output])
     labels = [prompt for prompt in SAMPLE_PROMPTS for _ in range(4)]
     contact_sheet(to_pictures(pixels), path, columns=8, labels=labels)
@@ -327,7 +328,7 @@ def processor_for(tokenizer: PreTrainedTokenizerBase, codec: VisualCodecModel) -
         tokenizer,
         VisualCodecImageProcessor(size=size),
         grids=codec.config.length_policy.grids(),
-        codebook_size=codec.spec_without_fingerprint.single_size,
+        codebook_sizes=codec.spec_without_fingerprint.sizes,
         downsample=codec.config.downsample,
     )
 
@@ -339,7 +340,7 @@ def generation_config(processor: UniMMProcessor, sampling: SamplingConfig) -> Ge
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         guidance_scale=sampling.guidance_scale,
-        max_new_tokens=128,
+        max_new_tokens=processor.grammar.longest + WORDS_PER_ANSWER,
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )

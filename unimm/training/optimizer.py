@@ -61,7 +61,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) ->
 
 
 def _hidden_matrices(model: nn.Module) -> set[torch.Tensor]:
-    """Weights of the linear layers and convolutions inside residual blocks: neither embedding, nor head, nor codebook."""
+    """Weights of linear layers and convolutions inside residual blocks: neither embedding, nor head, nor codebook."""
     blocks = [module for module in model.modules() if isinstance(module, RESIDUAL_BLOCKS)]
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     return {layer.weight for layer in layers}

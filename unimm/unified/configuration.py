@@ -18,9 +18,10 @@ class UniMMConfig(PreTrainedConfig):
     Args:
         text_config: of any causal language model; its `vocab_size` counts all rows, code rows included.
         codec_config: of the visual tokenizer; None for a model that only sees pre-tokenised rows.
-        image_token_offset, codebook_size: the block of code rows.
+        image_token_offset, codebook_sizes: the block of code rows, one codebook per slot of a position.
         boi_token_id, eoi_token_id, image_token_id: structural ids; see `VisualVocabulary`.
-        span_shapes: legal pictures, each `{"grid": [rows, columns] | None, "prefix": ids, "min_codes", "max_codes"}`.
+        span_shapes: legal pictures, each `{"grid": [rows, columns] | None, "prefix": ids, "min_positions",
+            "max_positions"}`.
         null_prompt_ids: the unconditional prompt of guidance.
         image_loss_weight: weight of a code against a text token in the loss.
 
@@ -34,7 +35,7 @@ class UniMMConfig(PreTrainedConfig):
     text_config: Any = None
     codec_config: Any = None
     image_token_offset: int = 256
-    codebook_size: int = 64
+    codebook_sizes: list[int] | None = None
     boi_token_id: int = 1
     eoi_token_id: int = 2
     image_token_id: int = 3
@@ -46,15 +47,17 @@ class UniMMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.codebook_sizes is None:
+            self.codebook_sizes = [64]
         if isinstance(self.text_config, dict):
             self.text_config = CONFIG_MAPPING[self.text_config.get("model_type", "qwen3")](**self.text_config)
         elif self.text_config is None:
-            rows = VisualVocabulary(self.image_token_offset, self.codebook_size, 1, 2, 3, 0).size
+            rows = VisualVocabulary(self.image_token_offset, tuple(self.codebook_sizes), 1, 2, 3, 0).size
             self.text_config = CONFIG_MAPPING["qwen3"](vocab_size=rows)
         if isinstance(self.codec_config, dict):
             self.codec_config = VisualCodecConfig(**self.codec_config)
         if self.span_shapes is None:
-            self.span_shapes = [{"grid": [2, 2], "prefix": [], "min_codes": 4, "max_codes": 4}]
+            self.span_shapes = [{"grid": [2, 2], "prefix": [], "min_positions": 4, "max_positions": 4}]
         self._check_vocabulary()
         super().__post_init__(**kwargs)
 
@@ -64,14 +67,15 @@ class UniMMConfig(PreTrainedConfig):
         if self.text_config.vocab_size != rows:
             raise ValueError(
                 f"text_config.vocab_size is {self.text_config.vocab_size}; {self.image_token_offset} text rows and "
-                f"{self.codebook_size} codes need {rows} (a multiple of 128)."
+                f"codebooks of {self.codebook_sizes} need {rows} (a multiple of 128)."
             )
 
     @property
     def vocabulary(self) -> VisualVocabulary:
+        assert self.codebook_sizes is not None
         return VisualVocabulary(
             image_token_offset=self.image_token_offset,
-            codebook_size=self.codebook_size,
+            codebook_sizes=tuple(self.codebook_sizes),
             boi_token_id=self.boi_token_id,
             eoi_token_id=self.eoi_token_id,
             image_token_id=self.image_token_id,
@@ -85,8 +89,8 @@ class UniMMConfig(PreTrainedConfig):
             SpanShape(
                 grid=tuple(shape["grid"]) if shape["grid"] else None,
                 prefix=tuple(shape["prefix"]),
-                min_codes=shape["min_codes"],
-                max_codes=shape["max_codes"],
+                min_positions=shape["min_positions"],
+                max_positions=shape["max_positions"],
             )
             for shape in self.span_shapes
         )

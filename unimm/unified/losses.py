@@ -1,7 +1,8 @@
-"""The modality-factored loss: codes are scored among codes, text among text.
+"""The modality-factored loss: codes are scored among the codes of their slot, text among text.
 
-Inside a picture only codes are legal, outside none is, so the softmax that generation samples from never spans both
-blocks. Scoring each target on the rows of its own block learns that same distribution at a fraction of the cost.
+Inside a picture only codes of one slot are legal, outside none is, so the softmax that generation samples from never
+spans two blocks. Scoring each target on the rows of its own block learns that same distribution at a fraction of the
+cost.
 """
 
 from __future__ import annotations
@@ -38,18 +39,15 @@ def factored_cross_entropy(
         hidden: final states.
         head_weight: rows of the head.
         labels: int64 `[B, T]`, not shifted; -100 is ignored.
-        vocabulary: the two blocks of rows.
+        vocabulary: the blocks of rows.
         image_weight: weight of a code target against a text target.
         num_targets: weighted targets to divide by, where a batch is a part of a larger one.
     """
     flat = hidden[:, :-1].flatten(0, 1)
     targets = labels[:, 1:].flatten()
-    is_code = vocabulary.is_code(targets)
-    is_text = (targets >= 0) & ~is_code
-    code_rows = slice(vocabulary.image_token_offset, vocabulary.image_token_end)
-    code_sum = _sum_loss(flat[is_code], head_weight[code_rows], targets[is_code] - vocabulary.image_token_offset)
-    text_sum = _sum_loss(flat[is_text], head_weight[: vocabulary.image_token_offset], targets[is_text])
-    codes, texts = is_code.sum(), is_text.sum()
+    text_sum, texts = _block_loss(flat, head_weight, targets, slice(0, vocabulary.image_token_offset))
+    slots = [_block_loss(flat, head_weight, targets, block) for block in vocabulary.blocks]
+    code_sum, codes = (torch.stack(values).sum() for values in zip(*slots, strict=True))
     divisor = texts + image_weight * codes if num_targets is None else num_targets
     return FactoredLoss(
         loss=(text_sum + image_weight * code_sum) / divisor.clamp_min(1),
@@ -58,5 +56,10 @@ def factored_cross_entropy(
     )
 
 
-def _sum_loss(hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, rows).float(), targets, reduction="sum")
+def _block_loss(
+    hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor, block: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of the targets in a block of rows, scored among those rows, and their number."""
+    inside = (targets >= block.start) & (targets < block.stop)
+    logits = F.linear(hidden[inside], head_weight[block]).float()
+    return F.cross_entropy(logits, targets[inside] - block.start, reduction="sum"), inside.sum()

@@ -87,7 +87,7 @@ class UniMMModel(UniMMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Code embeddings of pictures, `[B, N, D]`."""
+        """Code embeddings of pictures, `[B, N K, D]`."""
         return self.get_input_embeddings()(self.codes_to_ids(self.codec.encode(pixel_values)))
 
     @property
@@ -102,8 +102,8 @@ class UniMMModel(UniMMPreTrainedModel):
         return self.visual
 
     def codes_to_ids(self, codes: VisualCodes) -> torch.Tensor:
-        """Token ids of single codes, `[B, N]`."""
-        return self.config.vocabulary.to_token_ids(codes.ids[..., 0])
+        """Token ids of codes `[B, N, K]`, `[B, N K]`."""
+        return self.config.vocabulary.to_token_ids(codes.ids).flatten(1)
 
     def place_pictures(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Replace placeholders by the codes of the pictures, in order.
@@ -173,7 +173,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         return self.lm_head
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Code embeddings of pictures, `[B, N, D]`."""
+        """Code embeddings of pictures, `[B, N K, D]`."""
         return self.model.get_image_features(pixel_values)
 
     def forward(
@@ -239,12 +239,13 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             ValueError: no whole picture.
         """
         spans = self.config.grammar.parse(token_ids.flatten().tolist())
-        pictures = [span for span in spans if isinstance(span, ImageSpan) and span.complete and None not in span.codes]
+        pictures = [span for span in spans if isinstance(span, ImageSpan) and span.complete]
+        pictures = [span for span in pictures if not any(None in position for position in span.codes)]
         if not pictures:
             raise ValueError("The sequence holds no whole picture; generate more tokens, or ask for a drawing.")
         decoded = []
         for span in pictures:
-            ids = torch.tensor(span.codes, device=self.codec.device).view(1, -1, 1)
+            ids = torch.tensor(span.codes, device=self.codec.device)[None]  # [1, N, K]
             grid = [span.grid] if span.grid else None
             decoded.append(self.codec.decode(VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool), grid)))
         return torch.cat(decoded)
@@ -252,13 +253,13 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
     @torch.no_grad()
     def begin_code_rows(self) -> None:
         """Give the code rows of embedding and head the geometry of the codec's vectors, at the text rows' mean norm."""
-        vocabulary, vectors = self.config.vocabulary, self.codec.code_vectors().cpu()
-        block = slice(vocabulary.image_token_offset, vocabulary.image_token_end)
+        vocabulary, slots = self.config.vocabulary, self.codec.code_vectors()
         embedding, head = self.get_input_embeddings().weight, self.lm_head.weight
         assert isinstance(embedding, torch.Tensor)
         for weight in (embedding, head):
             norm = float(weight[: vocabulary.image_token_offset].float().norm(dim=1).mean())
-            weight[block] = code_rows(vectors, weight.shape[1], norm).to(weight)
+            for block, vectors in zip(vocabulary.blocks, slots, strict=True):
+                weight[block] = code_rows(vectors.cpu(), weight.shape[1], norm).to(weight)
 
     @classmethod
     def from_backbones(
@@ -271,11 +272,8 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
 
         Args:
             llm: a causal language model, or its name or path.
-            codec: with one codebook.
+            codec: with at least one codebook.
             tokenizer: of the language model.
-
-        Raises:
-            ValueError: a codec with several codes per position.
         """
         backbone = AutoModelForCausalLM.from_pretrained(llm) if isinstance(llm, str) else llm
         embedding = backbone.get_input_embeddings().weight.data
@@ -284,7 +282,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             tokenizer,
             VisualCodecImageProcessor(size=size),
             grids=codec.config.length_policy.grids(),
-            codebook_size=codec.spec_without_fingerprint.single_size,
+            codebook_sizes=codec.spec_without_fingerprint.sizes,
             downsample=codec.config.downsample,
             text_rows=max(len(embedding), len(tokenizer) + 3),
         )
@@ -309,8 +307,8 @@ def config_for(text_config: Any, codec: VisualCodecModel, processor: UniMMProces
         {
             "grid": list(shape.grid) if shape.grid else None,
             "prefix": list(shape.prefix),
-            "min_codes": shape.min_codes,
-            "max_codes": shape.max_codes,
+            "min_positions": shape.min_positions,
+            "max_positions": shape.max_positions,
         }
         for shape in processor.shapes
     ]
@@ -318,7 +316,7 @@ def config_for(text_config: Any, codec: VisualCodecModel, processor: UniMMProces
         text_config=text,
         codec_config=codec.config.to_dict(),
         image_token_offset=vocabulary.image_token_offset,
-        codebook_size=vocabulary.codebook_size,
+        codebook_sizes=list(vocabulary.codebook_sizes),
         boi_token_id=vocabulary.boi_token_id,
         eoi_token_id=vocabulary.eoi_token_id,
         image_token_id=vocabulary.image_token_id,

@@ -1,4 +1,4 @@
-"""Product quantisation: the channels are cut into K parts and each part has a codebook of its own (FQGAN, 2411.16681)."""
+"""Product quantisation: the channels are cut into K parts with a codebook each (FQGAN, 2411.16681)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class ProductVQ(Quantizer):
                 f"sizes are {config.sizes} for {dim} channels; name at least two, whose number divides the channels."
             )
         self.sizes = config.sizes
-        self.parts = nn.ModuleList(VQ(replace(config, size=size), dim=dim // len(config.sizes)) for size in config.sizes)
+        self.parts = nn.ModuleList(
+            VQ(replace(config, size=size), dim=dim // len(config.sizes)) for size in config.sizes
+        )
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
         chunks = vectors.chunk(len(self.parts), dim=-1)

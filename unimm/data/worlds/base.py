@@ -36,7 +36,7 @@ class Example:
 
 
 class World(ABC):
-    """A seeded stream of examples.
+    """A seeded stream of examples; `categories` maps the name of each to its share.
 
     Args:
         split: `train`, or `held_out` for combinations that `train` never shows.
@@ -46,7 +46,7 @@ class World(ABC):
         ValueError: unknown split.
     """
 
-    categories: tuple[str, ...]
+    categories: dict[str, float]
 
     def __init__(self, *, split: str = "train", seed: int = 0) -> None:
         if split not in SPLITS:
@@ -66,7 +66,7 @@ class World(ABC):
         """
         name = f"{type(self).__name__} {self.split} {category}"
         rng = np.random.default_rng([self.seed, index, zlib.crc32(name.encode())])
-        category = category or self.categories[rng.integers(len(self.categories))]
+        category = category or str(rng.choice(list(self.categories), p=list(self.categories.values())))
         if category not in self.categories:
             raise ValueError(f"category is {category!r}; this world has {', '.join(self.categories)}.")
         return self.compose(rng, category)

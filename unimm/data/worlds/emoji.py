@@ -52,7 +52,7 @@ class EmojiWorld(World):
         FileNotFoundError: the emoji font is not installed.
     """
 
-    categories = ("emoji", "emoji_pair")
+    categories = {"emoji": 0.75, "emoji_pair": 0.25}
 
     def compose(self, rng: np.random.Generator, category: str) -> Example:
         facts = self._one(rng) if category == "emoji" else self._two(rng)

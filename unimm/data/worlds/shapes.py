@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from unimm.data.worlds.base import SIDE, Canvas, Example, World, pick_ground, two_places
+from unimm.data.worlds.base import Canvas, Example, World, pick_ground, two_places
 from unimm.data.worlds.captions import NUMBERS, PLURALS, shape_captions, with_article
 from unimm.scorers.facts import OPPOSITES, RELATIONS, SceneFacts, SceneObject
 from unimm.scorers.outlines import SHAPES, coverage
@@ -31,7 +31,7 @@ _UNSEEN_PAIRS = [pair for pair in _PAIRS if pair in HELD_OUT_PAIRS]
 class ShapesWorld(World):
     """`held_out` scenes have a held-out pair as their first object or, in `binding`, as both."""
 
-    categories = ("single", "count", "position", "binding")
+    categories = {"single": 0.2, "count": 0.3, "position": 0.25, "binding": 0.25}
 
     def compose(self, rng: np.random.Generator, category: str) -> Example:
         scene = {"single": self._single, "count": self._count, "position": self._two, "binding": self._two}[category]

@@ -25,7 +25,7 @@ def is_held_out_word(word: str) -> bool:
 class WordsWorld(World):
     """`held_out` writes words that `train` never writes."""
 
-    categories = ("word",)
+    categories = {"word": 1.0}
 
     def compose(self, rng: np.random.Generator, category: str) -> Example:
         word = self._word(rng)
