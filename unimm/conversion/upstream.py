@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from unimm.codec import VisualCodecConfig
+from unimm.codec import VisualCodecConfig, VisualCodecModel
+from unimm.unified import UniMMConfig
 
 LEAVES = "(?P<leaf>weight|bias)"
 REQUIRED = object()
@@ -36,16 +38,18 @@ class Plan:
     """One checkpoint.
 
     Args:
-        config: the codec it becomes.
+        config: the codec or the language model it becomes.
         renames: every key with an effect matches exactly one of them.
         without_effect: patterns of keys that no output depends on.
         constants: patterns of keys that our model holds as options, and the value that every number there must have.
+        model_class: what is built from the configuration.
     """
 
-    config: VisualCodecConfig
+    config: VisualCodecConfig | UniMMConfig
     renames: tuple[Rename, ...]
     without_effect: tuple[str, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
+    model_class: type[PreTrainedModel] = VisualCodecModel
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Upstream:
         plan: reads the upstream configuration.
         restricted: whether the licence must be accepted by a flag.
         aliases: further names.
+        restore: upstream's configuration and weights of a model of ours, where there is a way back.
     """
 
     system: str
@@ -67,6 +72,7 @@ class Upstream:
     plan: Callable[[UpstreamConfig], Plan]
     restricted: bool = False
     aliases: tuple[str, ...] = ()
+    restore: Callable[[Any], tuple[dict[str, Any], dict[str, torch.Tensor]]] | None = None
 
 
 class UpstreamConfig:
