@@ -136,6 +136,29 @@ def test_new_vision_layers_begin_like_the_others(family):
     assert model.model.norm.text.weight is not model.model.norm.image.weight
 
 
+def test_a_language_model_gets_layers_for_pictures_and_keeps_its_text(family, codec, tokenizer):
+    torch.manual_seed(0)
+    text_config = type(FAMILIES[family]).from_dict(FAMILIES[family].to_dict() | {"vocab_size": len(tokenizer)})
+    llm = AutoModelForCausalLM.from_config(text_config).eval()
+    model, processor = UniMMForConditionalGeneration.from_backbones(
+        llm, codec, tokenizer, vision_layers_before=2, vision_layers_after=1
+    )
+    ids = torch.randint(8, len(tokenizer), (2, 12))
+    assert len(model.model.language_model.layers) == 8
+    assert model(ids).logits[..., : len(tokenizer)].equal(llm(ids).logits)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": "a red heart"}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    options = {"generation_mode": "image", "guidance_scale": 3.0, "do_sample": False, "max_new_tokens": 8}
+    drawn = model.generate(**prompt, **options)
+    assert processor.parse(drawn[0])[-1].complete
+    assert model.generate(**prompt, **options, use_cache=False).equal(drawn)
+
+
 def test_embeddings_need_to_know_where_pictures_are():
     model = build("llama", vision_layers_before=1, vision_norm=True)
     ids = mixed()

@@ -19,7 +19,7 @@ from unimm.sequence import ImageSpan, UniMMProcessor
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.losses import factored_cross_entropy
 from unimm.unified.rows import code_rows, extend_rows
-from unimm.unified.vision_layers import ModalityNorm, add_vision_layers, split_norm
+from unimm.unified.vision_layers import ModalityNorm, add_vision_layers, later_layers, split_norm
 
 
 @dataclass
@@ -305,7 +305,13 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
 
     @classmethod
     def from_backbones(
-        cls, llm: str | PreTrainedModel, codec: VisualCodecModel, tokenizer: PreTrainedTokenizerBase
+        cls,
+        llm: str | PreTrainedModel,
+        codec: VisualCodecModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        vision_layers_before: int = 0,
+        vision_layers_after: int = 0,
     ) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
         """A new model over a causal language model and a codec, and the processor that goes with it.
 
@@ -316,6 +322,8 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             llm: a causal language model, or its name or path.
             codec: with at least one codebook.
             tokenizer: of the language model.
+            vision_layers_before, vision_layers_after: new layers around those of the language model that change
+                pictures only, with a final norm for pictures (X-Omni, 2507.22058); text logits stay what they were.
         """
         backbone = AutoModelForCausalLM.from_pretrained(llm) if isinstance(llm, str) else llm
         embedding = backbone.get_input_embeddings().weight.data
@@ -328,23 +336,46 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             downsample=codec.config.downsample,
             text_rows=max(len(embedding), len(tokenizer) + 3),
         )
-        config = config_for(backbone.config, codec, processor)
+        config = config_for(
+            backbone.config,
+            codec,
+            processor,
+            vision_layers_before=vision_layers_before,
+            vision_layers_after=vision_layers_after,
+        )
         model = cls(config).to(backbone.dtype)
         model.model.visual = codec.float().eval().requires_grad_(False)
         state = backbone.base_model.state_dict()
         name = next(key for key, value in state.items() if value.data_ptr() == embedding.data_ptr())
         state[name] = extend_rows(embedding, config.vocabulary.size)
-        model.model.language_model.load_state_dict(state)
+        body = model.model.language_model
+        if model.model.norm is not None:
+            norm = {key.removeprefix("norm."): state.pop(key) for key in list(state) if key.startswith("norm.")}
+            model.model.norm.text.load_state_dict(norm)
+            model.model.norm.image.load_state_dict(norm)
+        body.load_state_dict(body.state_dict() | later_layers(state, vision_layers_before))
         head = backbone.get_output_embeddings().weight.data
         model.lm_head.weight.data.copy_(extend_rows(head, config.vocabulary.size))
         model.begin_code_rows()
         return model.eval(), processor
 
 
-def config_for(text_config: Any, codec: VisualCodecModel, processor: UniMMProcessor) -> UniMMConfig:
-    """The configuration of a text model's architecture with a codec's rows added."""
+def config_for(
+    text_config: Any,
+    codec: VisualCodecModel,
+    processor: UniMMProcessor,
+    *,
+    vision_layers_before: int = 0,
+    vision_layers_after: int = 0,
+) -> UniMMConfig:
+    """The configuration of a text model's architecture with a codec's rows, and layers for pictures, added."""
     vocabulary = processor.vocabulary
     text = text_config.to_dict() | {"vocab_size": vocabulary.size, "tie_word_embeddings": False}
+    added = vision_layers_before + vision_layers_after
+    if added:
+        text["num_hidden_layers"] = text_config.num_hidden_layers + added
+        if types := text.get("layer_types"):
+            text["layer_types"] = types[:1] * vision_layers_before + types + types[-1:] * vision_layers_after
     shapes = [
         {
             "grid": list(shape.grid) if shape.grid else None,
@@ -366,4 +397,7 @@ def config_for(text_config: Any, codec: VisualCodecModel, processor: UniMMProces
         eos_token_id=processor.tokenizer.eos_token_id,
         span_shapes=shapes,
         null_prompt_ids=processor.null_prompt_ids(),
+        vision_layers_before=vision_layers_before,
+        vision_layers_after=vision_layers_after,
+        vision_norm=bool(added),
     )

@@ -8,6 +8,8 @@ the text model's family, with its weights under the stock names and its place in
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -58,6 +60,15 @@ def add_vision_layers(language_model: PreTrainedModel, *, before: int, after: in
     for index in (*range(before), *range(len(layers) - after, len(layers))):
         layers[index] = vision_only(type(layers[index]))(language_model.config, index)
         language_model._no_split_modules.add(type(layers[index]).__name__)
+
+
+def later_layers(state: Mapping[str, torch.Tensor], by: int) -> dict[str, torch.Tensor]:
+    """The weights of a body whose layers stand `by` places later in another."""
+
+    def later(match: re.Match[str]) -> str:
+        return f"layers.{int(match[1]) + by}."
+
+    return {re.sub(r"^layers\.(\d+)\.", later, name): weight for name, weight in state.items()}
 
 
 def split_norm(language_model: PreTrainedModel) -> ModalityNorm:
