@@ -181,6 +181,17 @@ def test_every_size_comes_from_the_configuration(change, tmp_path):
         assert layer.self_attn.q_proj.out_features == args["hidden_size"]
 
 
+def test_half_precision_stays_half_and_goes_back_bit_by_bit(tmp_path):
+    source = spoil(tmp_path)
+    weights = {key: tensor.bfloat16() for key, tensor in load_file(source / "weights.safetensors").items()}
+    save_file(weights, source / "weights.safetensors")
+    target = convert("xomni_lm", source, tmp_path / "out").target
+    assert {tensor.dtype for tensor in load_file(target / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForMultimodalLM.from_pretrained(target).dtype == torch.bfloat16
+    back = load_file(restore("xomni_lm", target, tmp_path / "back") / "weights.safetensors")
+    assert all(back[key].equal(tensor) for key, tensor in weights.items())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_steps_of_training_reach_every_part(checkpointing, model, expected):
     ids = expected["input_ids"]

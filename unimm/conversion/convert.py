@@ -118,7 +118,9 @@ def rename(
             target, place = match.expand(rule.target), rule.part or 0
             if place in parts.setdefault(target, {}):
                 raise ValueError(f"Key {key!r} becomes {target!r}, as another key did; these are not its weights.")
-            parts[target][place] = (tensor if rule.change is None else rule.change(tensor)).float()
+            parts[target][place] = (tensor if rule.change is None else rule.change(tensor)).to(
+                plan.dtype or tensor.dtype
+            )
     if unmapped:
         raise ValueError(f"No rule takes {_named(unmapped)}. Are these weights of another system?")
     ours = {target: _stacked(found) for target, found in parts.items()}
@@ -142,7 +144,8 @@ def _summary(model: PreTrainedModel) -> str:
 
 
 def _fill(plan: Plan, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    model = plan.model_class(plan.config).eval()
+    with torch.device("meta"):  # every weight comes from upstream
+        model = plan.model_class(plan.config).eval()
     wanted = model.state_dict()
     if missing := sorted(wanted.keys() - weights.keys()):
         raise ValueError(f"The weights lack what becomes {_named(missing)}. Do they belong to this config.json?")
@@ -154,7 +157,7 @@ def _fill(plan: Plan, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
                 f"{name} is {tuple(tensor.shape)} in the weights and {tuple(wanted[name].shape)} by config.json; "
                 "the two do not belong together."
             )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
     return model
 
 

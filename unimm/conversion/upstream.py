@@ -43,6 +43,7 @@ class Plan:
         without_effect: patterns of keys that no output depends on.
         constants: patterns of keys that our model holds as options, and the value that every number there must have.
         model_class: what is built from the configuration.
+        dtype: of the converted weights; None keeps upstream's, which for a codec would move its codes.
     """
 
     config: VisualCodecConfig | UniMMConfig
@@ -50,6 +51,7 @@ class Plan:
     without_effect: tuple[str, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
     model_class: type[PreTrainedModel] = VisualCodecModel
+    dtype: torch.dtype | None = torch.float32
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         Rename(r"model\.lm_norm\.weight", "model.norm.text.weight"),
         Rename(r"model\.mm_norm\.weight", "model.norm.image.weight"),
     )
-    return Plan(config, renames, model_class=UniMMForConditionalGeneration)
+    return Plan(config, renames, model_class=UniMMForConditionalGeneration, dtype=None)
 
 
 def filled_up(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
