@@ -58,8 +58,9 @@ def add_vision_layers(language_model: PreTrainedModel, *, before: int, after: in
     layers = _child(language_model, "layers")
     assert isinstance(layers, nn.ModuleList)
     for index in (*range(before), *range(len(layers) - after, len(layers))):
-        layers[index] = vision_only(type(layers[index]))(language_model.config, index)
-        language_model._no_split_modules.add(type(layers[index]).__name__)
+        stock: Any = type(layers[index])
+        layers[index] = vision_only(stock)(language_model.config, index)
+        language_model._no_split_modules.add(vision_only(stock).__name__)
 
 
 def later_layers(state: Mapping[str, torch.Tensor], by: int) -> dict[str, torch.Tensor]:

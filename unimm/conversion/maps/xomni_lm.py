@@ -101,7 +101,7 @@ def filled_up(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
 def restore(model: UniMMForConditionalGeneration) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Upstream's configuration and weights of a model that `plan` describes, trained further or not."""
     config, text = model.config, model.config.text_config
-    text_rows, codes = config.image_token_offset, sum(config.codebook_sizes)
+    text_rows, codes = config.image_token_offset, sum(config.vocabulary.codebook_sizes)
     image_rows = codes + config.num_special_rows - 1
     fields = {name: text.to_dict()[name] for name in QWEN2}
     fields |= {
