@@ -21,8 +21,8 @@ SEQUENCE = {"tokens": 4, "rows": 2, "columns": 2}
 TINY = {
     "encoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [8, 16], "blocks": 1},
-        "local": {"kind": "local", "patch": 8, "channels": [8, 16], "kernels": [3, 1]},
         "form_and_palette": {"kind": "form_and_palette", "patch": 16, "branch_width": 8, "blocks": 1},
+        "local": {"kind": "local", "patch": 8, "channels": [8, 16], "kernels": [3, 1]},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2, "table_side": 3},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
         "pyramid": {"kind": "pyramid", **PYRAMID, "stem_channels": 32},
@@ -132,7 +132,7 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     codec = build(**{name: TINY[name][value] for name, value in kinds.items()})
     images = pixels()
     codes = codec.encode(images)
-    assert codes.ids.shape == (3, 4, codec.spec.num_codebooks)
+    assert codes.ids.shape == (3, 4, len(codec.quantizer.sizes))
     codes.validate(codec.spec_without_fingerprint)
     if codec.decoder_options.makes_pixels:
         assert codec.decode(codes).shape == images.shape

@@ -18,6 +18,7 @@ from unimm.conversion import UPSTREAMS, convert, find_upstream
 GOLDEN = Path(__file__).parent.parent / "golden"
 OUTPUTS = ("reconstruction", "decoded", "features")  # what decoding gives, by upstream's name
 TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
+CODECS = [system for system in UPSTREAMS if "pixel_range" in (GOLDEN / system / "config.json").read_text()]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,7 @@ def as_ids(codes):
     return codes.flatten(1)
 
 
-@pytest.mark.parametrize("system", UPSTREAMS)
+@pytest.mark.parametrize("system", CODECS)
 def test_codes_and_output_equal_the_reference(system, converted):
     codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
     codes = codec.encode(expected["pixel_values"])
@@ -58,7 +59,7 @@ def test_codes_and_output_equal_the_reference(system, converted):
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("system", UPSTREAMS)
+@pytest.mark.parametrize("system", CODECS)
 def test_codes_survive_saving_and_a_bfloat16_load(system, converted, tmp_path):
     expected = reference(system)
     codec = AutoModel.from_pretrained(converted(system), dtype=torch.bfloat16)
@@ -68,7 +69,7 @@ def test_codes_survive_saving_and_a_bfloat16_load(system, converted, tmp_path):
     assert again.encode(expected["pixel_values"]).ids[..., 0].equal(as_ids(expected["codes"]))
 
 
-@pytest.mark.parametrize("system", UPSTREAMS)
+@pytest.mark.parametrize("system", CODECS)
 def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
     codec = AutoModel.from_pretrained(converted(system))
     processor = AutoImageProcessor.from_pretrained(converted(system))

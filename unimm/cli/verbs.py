@@ -171,12 +171,16 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("system", help="the published system, for example llamagen_vq")
     parser.add_argument("source", help="folder of upstream's config.json and weights.safetensors")
     parser.add_argument("target", help="folder to write, which AutoModel then loads")
+    parser.add_argument("--back", action="store_true", help="the other way: a converted model to upstream's files")
     parser.add_argument("--accept-licence", action="store_true", help="agree to a licence that limits the use")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from unimm.conversion import convert
+    from unimm.conversion import convert, restore
 
+    if arguments.back:
+        print(restore(arguments.system, arguments.source, arguments.target))
+        return
     print(convert(arguments.system, arguments.source, arguments.target, accept_licence=arguments.accept_licence))
 
 
@@ -215,7 +219,7 @@ VERBS = (
     ),
     Verb(
         "convert",
-        "turn a published visual tokenizer into a codec",
+        "turn published weights into a model",
         "unimm convert llamagen_vq SOURCE TARGET",
         _convert_arguments,
         _convert,

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
 from unimm.conversion.registry import find_upstream
 from unimm.conversion.upstream import Plan, Upstream, UpstreamConfig
 from unimm.files import atomic_directory
+from unimm.unified import UniMMForConditionalGeneration
 
 WEIGHTS = "weights.safetensors"
 SHOWN = 5  # keys named in an error
@@ -30,7 +32,7 @@ class Report:
         target: the saved model.
         converted: how many tensors went over.
         dropped: keys without effect that stayed behind.
-        codes: what the model makes of a picture, in words.
+        codes: what the model makes of a picture, or has for one, in words.
     """
 
     upstream: Upstream
@@ -70,10 +72,10 @@ def convert(system: str, source: str | Path, target: str | Path, *, accept_licen
     plan = _plan(upstream, _read_config(source))
     weights, dropped = rename(plan, _read_weights(source), _listed_without_effect(source))
     model = _fill(plan, weights)
-    processor = VisualCodecImageProcessor.for_codec(model.config, plan.any_shape)
     with atomic_directory(target) as folder:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        if isinstance(model, VisualCodecModel):
+            VisualCodecImageProcessor.for_codec(model.config, plan.any_shape).save_pretrained(folder)
         record = {
             "system": upstream.system,
             "repository": upstream.repository,
@@ -82,9 +84,7 @@ def convert(system: str, source: str | Path, target: str | Path, *, accept_licen
             "dropped": dropped,
         }
         (folder / "conversion.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    spec = model.spec_without_fingerprint
-    codes = f"{spec.layout} of at most {spec.max_length} positions, {' x '.join(map(str, spec.sizes))} codes each"
-    return Report(upstream, target, len(weights), tuple(dropped), codes)
+    return Report(upstream, target, len(weights), tuple(dropped), _summary(model))
 
 
 def rename(
@@ -118,7 +118,9 @@ def rename(
             target, place = match.expand(rule.target), rule.part or 0
             if place in parts.setdefault(target, {}):
                 raise ValueError(f"Key {key!r} becomes {target!r}, as another key did; these are not its weights.")
-            parts[target][place] = (tensor if rule.change is None else rule.change(tensor)).float()
+            parts[target][place] = (tensor if rule.change is None else rule.change(tensor)).to(
+                plan.dtype or tensor.dtype
+            )
     if unmapped:
         raise ValueError(f"No rule takes {_named(unmapped)}. Are these weights of another system?")
     ours = {target: _stacked(found) for target, found in parts.items()}
@@ -130,8 +132,20 @@ def _stacked(parts: dict[int, torch.Tensor]) -> torch.Tensor:
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
 
 
-def _fill(plan: Plan, weights: dict[str, torch.Tensor]) -> VisualCodecModel:
-    model = VisualCodecModel(plan.config).eval()
+def _summary(model: PreTrainedModel) -> str:
+    if isinstance(model, UniMMForConditionalGeneration):
+        config = model.config
+        layers = config.text_config.num_hidden_layers
+        vision = f"{config.vision_layers_before} + {config.vision_layers_after} of {layers} layers for pictures only"
+        return f"{config.image_token_offset} text rows, {config.codebook_sizes} codes, {vision}"
+    assert isinstance(model, VisualCodecModel)
+    spec = model.spec_without_fingerprint
+    return f"{spec.layout} of at most {spec.max_length} positions, {' x '.join(map(str, spec.sizes))} codes each"
+
+
+def _fill(plan: Plan, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    with torch.device("meta"):  # every weight comes from upstream
+        model = plan.model_class(plan.config).eval()
     wanted = model.state_dict()
     if missing := sorted(wanted.keys() - weights.keys()):
         raise ValueError(f"The weights lack what becomes {_named(missing)}. Do they belong to this config.json?")
@@ -143,7 +157,7 @@ def _fill(plan: Plan, weights: dict[str, torch.Tensor]) -> VisualCodecModel:
                 f"{name} is {tuple(tensor.shape)} in the weights and {tuple(wanted[name].shape)} by config.json; "
                 "the two do not belong together."
             )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from unimm.conversion.maps import llamagen, seed_voken, tar, titok, xomni
+from unimm.conversion.maps import llamagen, seed_voken, tar, titok, xomni, xomni_lm
 from unimm.conversion.upstream import Upstream
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -18,6 +18,7 @@ UPSTREAMS: dict[str, Upstream] = {
         titok.TA_TITOK,
         titok.ONE_D_PIECE,
         xomni.TOKENIZER,
+        xomni_lm.LANGUAGE_MODEL,
         tar.TA_TOK,
     )
 }

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from unimm.codec import VisualCodecConfig
+from unimm.codec import VisualCodecConfig, VisualCodecModel
+from unimm.unified import UniMMConfig
 
 LEAVES = "(?P<leaf>weight|bias)"
 REQUIRED = object()
@@ -36,18 +38,22 @@ class Plan:
     """One checkpoint.
 
     Args:
-        config: the codec it becomes.
+        config: the codec or the language model it becomes.
         renames: every key with an effect matches exactly one of them.
         without_effect: patterns of keys that no output depends on.
         constants: patterns of keys that our model holds as options, and the value that every number there must have.
         any_shape: how pictures are resized where they keep their shape; None for squares of the codec's own size.
+        model_class: what is built from the configuration.
+        dtype: of the converted weights; None keeps upstream's, which for a codec would move its codes.
     """
 
-    config: VisualCodecConfig
+    config: VisualCodecConfig | UniMMConfig
     renames: tuple[Rename, ...]
     without_effect: tuple[str, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
     any_shape: dict[str, Any] | None = None
+    model_class: type[PreTrainedModel] = VisualCodecModel
+    dtype: torch.dtype | None = torch.float32
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Upstream:
         plan: reads the upstream configuration.
         restricted: whether the licence must be accepted by a flag.
         aliases: further names.
+        restore: upstream's configuration and weights of a model of ours, where there is a way back.
     """
 
     system: str
@@ -69,6 +76,7 @@ class Upstream:
     plan: Callable[[UpstreamConfig], Plan]
     restricted: bool = False
     aliases: tuple[str, ...] = ()
+    restore: Callable[[Any], tuple[dict[str, Any], dict[str, torch.Tensor]]] | None = None
 
 
 class UpstreamConfig:

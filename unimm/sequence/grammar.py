@@ -27,7 +27,7 @@ class SpanShape:
 
     Args:
         grid: (rows, columns), or None for a 1-D code.
-        prefix: text ids that spell the size after `<boi>`; empty where the codec makes one size only.
+        prefix: text or special ids that spell the size after `<boi>`; empty where the codec makes one size only.
         min_positions, max_positions: legal numbers of positions, of K codes each.
     """
 
@@ -96,6 +96,7 @@ class SpanGrammar:
         """Legal next ids of every state, bool `[num_states, vocabulary.size]`."""
         vocabulary, table = self.vocabulary, torch.zeros(self.num_states, self.vocabulary.size, dtype=torch.bool)
         table[0, : vocabulary.image_token_offset] = True
+        table[0, vocabulary.boi_token_id] = True
         table[0, [vocabulary.eoi_token_id, vocabulary.image_token_id]] = False
         for prefix in self._by_prefix:
             for depth in range(len(prefix)):

@@ -19,14 +19,18 @@ class UniMMConfig(PreTrainedConfig):
         text_config: of any causal language model; its `vocab_size` counts all rows, code rows included.
         codec_config: of the visual tokenizer; None for a model that only sees pre-tokenised rows.
         image_token_offset, codebook_sizes: the block of code rows, one codebook per slot of a position.
+        num_special_rows: rows right after the codes, for structural ids that a published model has there.
         boi_token_id, eoi_token_id, image_token_id: structural ids; see `VisualVocabulary`.
+        vision_layers_before, vision_layers_after: how many of the first and of the last layers of `text_config` change
+            picture positions only, as in X-Omni (2507.22058); see `VisionOnly`.
+        vision_norm: whether picture positions have a final norm of their own.
         span_shapes: legal pictures, each `{"grid": [rows, columns] | None, "prefix": ids, "min_positions",
             "max_positions"}`.
         null_prompt_ids: the unconditional prompt of guidance.
         image_loss_weight: weight of a code against a text token in the loss.
 
     Raises:
-        ValueError: rows, structural ids and shapes that do not fit each other.
+        ValueError: rows, structural ids and shapes that do not fit each other, or more vision layers than layers.
     """
 
     model_type = "unimm"
@@ -37,6 +41,7 @@ class UniMMConfig(PreTrainedConfig):
     codec_config: Any = None
     image_token_offset: int = 256
     codebook_sizes: list[int] | None = None
+    num_special_rows: int = 0
     boi_token_id: int = 1
     eoi_token_id: int = 2
     image_token_id: int = 3
@@ -44,6 +49,9 @@ class UniMMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     span_shapes: list[dict[str, Any]] | None = None
     null_prompt_ids: list[int] | None = None
+    vision_layers_before: int = 0
+    vision_layers_after: int = 0
+    vision_norm: bool = False
     image_loss_weight: float = 1.0
     tie_word_embeddings: bool = False
 
@@ -60,6 +68,7 @@ class UniMMConfig(PreTrainedConfig):
         if self.span_shapes is None:
             self.span_shapes = [{"grid": [2, 2], "prefix": [], "min_positions": 4, "max_positions": 4}]
         self._check_vocabulary()
+        self._check_vision_layers()
         super().__post_init__(**kwargs)
 
     def _check_vocabulary(self) -> None:
@@ -76,6 +85,20 @@ class UniMMConfig(PreTrainedConfig):
                 f"codebooks of {self.codebook_sizes} need {rows} (a multiple of 128)."
             )
 
+    def _check_vision_layers(self) -> None:
+        before, after = self.vision_layers_before, self.vision_layers_after
+        layers = self.text_config.num_hidden_layers
+        if min(before, after) < 0 or before + after > layers:
+            raise ValueError(
+                f"vision_layers_before is {before} and vision_layers_after {after}; both count layers of text_config, "
+                f"which has {layers} in all, so they must be 0 or more and at most {layers} together."
+            )
+
+    @property
+    def has_vision_path(self) -> bool:
+        """Whether picture positions take another way through the text model than text does."""
+        return bool(self.vision_layers_before or self.vision_layers_after or self.vision_norm)
+
     @property
     def vocabulary(self) -> VisualVocabulary:
         assert self.codebook_sizes is not None
@@ -86,6 +109,7 @@ class UniMMConfig(PreTrainedConfig):
             eoi_token_id=self.eoi_token_id,
             image_token_id=self.image_token_id,
             pad_token_id=self.pad_token_id or 0,
+            num_special_rows=self.num_special_rows,
         )
 
     @property

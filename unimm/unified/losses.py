@@ -45,8 +45,8 @@ def factored_cross_entropy(
     """
     flat = hidden[:, :-1].flatten(0, 1)
     targets = labels[:, 1:].flatten()
-    text_sum, texts = _block_loss(flat, head_weight, targets, slice(0, vocabulary.image_token_offset))
-    slots = [_block_loss(flat, head_weight, targets, block) for block in vocabulary.blocks]
+    text_sum, texts = _block_loss(flat, head_weight, targets, vocabulary.text_blocks)
+    slots = [_block_loss(flat, head_weight, targets, (block,)) for block in vocabulary.blocks]
     code_sum, codes = (torch.stack(values).sum() for values in zip(*slots, strict=True))
     divisor = texts + image_weight * codes if num_targets is None else num_targets
     return FactoredLoss(
@@ -57,9 +57,15 @@ def factored_cross_entropy(
 
 
 def _block_loss(
-    hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor, block: slice
+    hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor, blocks: tuple[slice, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of the targets in a block of rows, scored among those rows, and their number."""
-    inside = (targets >= block.start) & (targets < block.stop)
-    logits = F.linear(hidden[inside], head_weight[block]).float()
-    return F.cross_entropy(logits, targets[inside] - block.start, reduction="sum"), inside.sum()
+    """Summed loss of the targets in some blocks of rows, scored among those rows, and their number."""
+    inside, columns, start = torch.zeros_like(targets, dtype=torch.bool), targets, 0
+    for block in blocks:
+        here = (targets >= block.start) & (targets < block.stop)
+        inside, columns = inside | here, torch.where(here, targets - block.start + start, columns)
+        start += block.stop - block.start
+    kept = hidden[inside]
+    parts = [F.linear(kept, head_weight[block]).float() for block in blocks]
+    logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return F.cross_entropy(logits, columns[inside], reduction="sum"), inside.sum()

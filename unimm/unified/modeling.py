@@ -19,6 +19,7 @@ from unimm.sequence import ImageSpan, UniMMProcessor
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.losses import factored_cross_entropy
 from unimm.unified.rows import code_rows, extend_rows
+from unimm.unified.vision_layers import ModalityNorm, add_vision_layers, later_layers, split_norm
 
 
 @dataclass
@@ -68,6 +69,12 @@ class UniMMModel(UniMMPreTrainedModel):
     def __init__(self, config: UniMMConfig) -> None:
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.norm: ModalityNorm | None = None
+        if config.vision_layers_before or config.vision_layers_after:
+            before, after = config.vision_layers_before, config.vision_layers_after
+            add_vision_layers(self.language_model, before=before, after=after)
+        if config.vision_norm:
+            self.norm = split_norm(self.language_model)
         self.visual = VisualCodecModel(config.codec_config) if config.codec_config is not None else None
         if self.visual is not None:
             self.visual.requires_grad_(False)
@@ -128,13 +135,24 @@ class UniMMModel(UniMMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states `[B, T, D]` of ids `[B, T]`; see the text model for the other arguments."""
+        """Hidden states `[B, T, D]` of ids `[B, T]`; see the text model for the other arguments.
+
+        Args:
+            image_positions: bool `[B, T]`, what vision-only layers work on; read off `input_ids` where there are any.
+
+        Raises:
+            ValueError: vision-only layers, and `inputs_embeds` without `image_positions` of their shape.
+        """
         if pixel_values is not None and input_ids is not None:
             input_ids = self.place_pictures(input_ids, pixel_values)
-        return self.language_model(
+        if self.config.has_vision_path:
+            image_positions = self._image_positions(input_ids, inputs_embeds, image_positions)
+            kwargs["image_positions"] = image_positions
+        outputs = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -143,6 +161,27 @@ class UniMMModel(UniMMPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        if self.norm is not None:
+            normed = self.norm(outputs.last_hidden_state, image_positions)
+            outputs.last_hidden_state = normed
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = (*outputs.hidden_states[:-1], normed)
+        return outputs
+
+    def _image_positions(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, given: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Where pictures are, bool `[B, T]`."""
+        if input_ids is not None:
+            return self.config.vocabulary.is_visual(input_ids)
+        wanted = None if inputs_embeds is None else inputs_embeds.shape[:2]
+        if given is None or given.shape != wanted:
+            seen = None if given is None else tuple(given.shape)
+            raise ValueError(
+                f"image_positions are {seen} beside inputs_embeds; this model has layers for pictures only, so pass "
+                "bool [B, T] of the same positions, or input_ids."
+            )
+        return given
 
 
 class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
@@ -184,6 +223,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -195,6 +235,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         Args:
             input_ids: int64 `[B, T]`; placeholders stand for the codes of `pixel_values`.
             pixel_values: float `[pictures, 3, H, W]` in [-1, 1], in reading order.
+            image_positions: bool `[B, T]`, where pictures are in `inputs_embeds`, for a model with vision-only layers.
             labels: int64 `[B, T]`, not shifted; -100 is ignored, and placeholders take the codes of the pictures.
             logits_to_keep: logits of the last positions only; 0 keeps all.
             num_items_in_batch: targets of the whole batch, where this call sees a part of it.
@@ -210,6 +251,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            image_positions=image_positions,
             use_cache=use_cache,
             **kwargs,
         )
@@ -263,7 +305,13 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
 
     @classmethod
     def from_backbones(
-        cls, llm: str | PreTrainedModel, codec: VisualCodecModel, tokenizer: PreTrainedTokenizerBase
+        cls,
+        llm: str | PreTrainedModel,
+        codec: VisualCodecModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        vision_layers_before: int = 0,
+        vision_layers_after: int = 0,
     ) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
         """A new model over a causal language model and a codec, and the processor that goes with it.
 
@@ -274,6 +322,8 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             llm: a causal language model, or its name or path.
             codec: with at least one codebook.
             tokenizer: of the language model.
+            vision_layers_before, vision_layers_after: new layers around those of the language model that change
+                pictures only, with a final norm for pictures (X-Omni, 2507.22058); text logits stay what they were.
         """
         backbone = AutoModelForCausalLM.from_pretrained(llm) if isinstance(llm, str) else llm
         embedding = backbone.get_input_embeddings().weight.data
@@ -285,23 +335,46 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             downsample=codec.config.downsample,
             text_rows=max(len(embedding), len(tokenizer) + 3),
         )
-        config = config_for(backbone.config, codec, processor)
+        config = config_for(
+            backbone.config,
+            codec,
+            processor,
+            vision_layers_before=vision_layers_before,
+            vision_layers_after=vision_layers_after,
+        )
         model = cls(config).to(backbone.dtype)
         model.model.visual = codec.float().eval().requires_grad_(False)
         state = backbone.base_model.state_dict()
         name = next(key for key, value in state.items() if value.data_ptr() == embedding.data_ptr())
         state[name] = extend_rows(embedding, config.vocabulary.size)
-        model.model.language_model.load_state_dict(state)
+        body = model.model.language_model
+        if model.model.norm is not None:
+            norm = {key.removeprefix("norm."): state.pop(key) for key in list(state) if key.startswith("norm.")}
+            model.model.norm.text.load_state_dict(norm)
+            model.model.norm.image.load_state_dict(norm)
+        body.load_state_dict(body.state_dict() | later_layers(state, vision_layers_before))
         head = backbone.get_output_embeddings().weight.data
         model.lm_head.weight.data.copy_(extend_rows(head, config.vocabulary.size))
         model.begin_code_rows()
         return model.eval(), processor
 
 
-def config_for(text_config: Any, codec: VisualCodecModel, processor: UniMMProcessor) -> UniMMConfig:
-    """The configuration of a text model's architecture with a codec's rows added."""
+def config_for(
+    text_config: Any,
+    codec: VisualCodecModel,
+    processor: UniMMProcessor,
+    *,
+    vision_layers_before: int = 0,
+    vision_layers_after: int = 0,
+) -> UniMMConfig:
+    """The configuration of a text model's architecture with a codec's rows, and layers for pictures, added."""
     vocabulary = processor.vocabulary
     text = text_config.to_dict() | {"vocab_size": vocabulary.size, "tie_word_embeddings": False}
+    added = vision_layers_before + vision_layers_after
+    if added:
+        text["num_hidden_layers"] = text_config.num_hidden_layers + added
+        if types := text.get("layer_types"):
+            text["layer_types"] = types[:1] * vision_layers_before + types + types[-1:] * vision_layers_after
     shapes = [
         {
             "grid": list(shape.grid) if shape.grid else None,
@@ -323,4 +396,7 @@ def config_for(text_config: Any, codec: VisualCodecModel, processor: UniMMProces
         eos_token_id=processor.tokenizer.eos_token_id,
         span_shapes=shapes,
         null_prompt_ids=processor.null_prompt_ids(),
+        vision_layers_before=vision_layers_before,
+        vision_layers_after=vision_layers_after,
+        vision_norm=bool(added),
     )
