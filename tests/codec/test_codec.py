@@ -33,6 +33,7 @@ TINY = {
         "pyramid": {"kind": "pyramid", **PYRAMID, "upsampling": "shuffle", "adaptive": True},
         "features": {"kind": "features", "width": 32, "blocks": 1},
         "feature_vit": {"kind": "feature_vit", "dim": 16, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
+        "embedding": {"kind": "embedding", "dim": 16, "tokens": 4, "width": 24, "depth": 1, "out_dim": 8},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
     "quantizer": {
@@ -44,6 +45,15 @@ TINY = {
     "resampler": {
         "grid": {"kind": "grid", "dim": 16},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
+        "qformer": {
+            "kind": "qformer",
+            "tokens": 4,
+            "dim": 16,
+            "width": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "mlp_width": 24,
+        },
     },
     "length": {
         "fixed": {"kind": "fixed", "rows": 2, "columns": 2},
@@ -54,7 +64,8 @@ TINY = {
 }
 # What a value needs in the other sockets.
 LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
-COMPANIONS = dict.fromkeys(LATENT.values(), LATENT)
+QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
+COMPANIONS = dict.fromkeys(QUERIES.values(), QUERIES) | dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 
 
@@ -212,6 +223,14 @@ def test_wrong_configurations_are_refused():
         VisualCodecConfig(encoder={"kind": "cnv"})
     with pytest.raises(ValueError, match="divides sizes by 16"):
         VisualCodecConfig(decoder={"kind": "vit", "patch": 8})
+    with pytest.raises(ValueError, match="name three of each"):
+        VisualCodecConfig(pixel_mean=[0.5, 0.5, 0.5])
+    for options, message in (
+        ({"class_token": True}, "has a row of the learned table"),
+        ({"table_side": 2, "keep_class_token": True}, "and there is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VisualCodecConfig(encoder={"kind": "vit", **options})
     with pytest.raises(ValueError, match="Did you mean smallest"):
         load_preset("smalest")
 

@@ -16,7 +16,7 @@ from unimm.codec.image_processing import any_shape_size
 from unimm.conversion import UPSTREAMS, convert, find_upstream
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-OUTPUTS = ("reconstruction", "decoded", "features")  # what decoding gives, by upstream's name
+OUTPUTS = ("reconstruction", "decoded", "features", "image_embedding")  # what decoding gives, by upstream's name
 TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
 
 
@@ -73,13 +73,12 @@ def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
     codec = AutoModel.from_pretrained(converted(system))
     processor = AutoImageProcessor.from_pretrained(converted(system))
     white = torch.full((3, 40, 60), 255, dtype=torch.uint8)
-    pixels = torch.cat([processor(picture, return_tensors="pt")["pixel_values"] for picture in (white, white * 0)])
-    low, high = codec.config.pixel_range
-    torch.testing.assert_close(pixels[0], torch.full_like(pixels[0], high))
-    torch.testing.assert_close(pixels[1], torch.full_like(pixels[1], low))
-    assert (codec.config.pixel_range[0], codec.config.pixel_range[1]) == tuple(
-        json.loads((GOLDEN / system / "config.json").read_text())["pixel_range"]
-    )
+    pixels = torch.cat([processor(picture, return_tensors="pt")["pixel_values"] for picture in (white * 0, white)])
+    for picture, value in zip(pixels, codec.config.pixel_bounds, strict=True):  # black, then white, of each channel
+        torch.testing.assert_close(picture, torch.tensor(value)[:, None, None].expand_as(picture))
+    upstream = json.loads((GOLDEN / system / "config.json").read_text())
+    if codec.config.pixel_mean is None:
+        assert list(codec.config.pixel_range) == upstream["pixel_range"]
     codec.length.grid(*pixels.shape[2:], codec.config.downsample)
 
 
@@ -246,11 +245,33 @@ def test_ta_tok_pools_its_grid_and_fits_pictures_to_it(converted):
         codec.encode(expected["pixel_values"], num_tokens=7)
 
 
-def test_a_restricted_licence_must_be_accepted(tmp_path):
+def test_seed_looks_up_raw_rows_and_its_queries_are_causal(converted):
+    codec, expected = AutoModel.from_pretrained(converted("seed_tokenizer")), reference("seed_tokenizer")
+    codes = codec.encode(expected["pixel_values"])
+    torch.testing.assert_close(codec.lookup(codes), expected["lookup"], atol=TOLERANCE, rtol=0)
+    changed = 5  # the first query that becomes another
+    with torch.no_grad():
+        codec.resampler.queries[changed:] = torch.randn_like(codec.resampler.queries[changed:])
+    again = codec.encode(expected["pixel_values"])
+    assert again.ids[:, :changed].equal(codes.ids[:, :changed])
+    assert not again.ids[:, changed:].equal(codes.ids[:, changed:])
+
+
+def test_seed_takes_normalised_pixels_of_its_tower_and_no_bytes(converted):
+    codec = AutoModel.from_pretrained(converted("seed_tokenizer"))
+    assert codec.config.pixel_bounds[1] == pytest.approx([1.9303, 2.0749, 2.1459], abs=1e-4)
+    with pytest.raises(ValueError, match="pixel_values range over"):
+        codec.encode(torch.full((1, 3, 56, 56), 255.0))
+    with pytest.raises(ValueError, match="with a detokenizer"):
+        codec.pictures(codec.encode(torch.zeros(1, 3, 56, 56)))
+
+
+@pytest.mark.parametrize("system", [name for name, upstream in UPSTREAMS.items() if upstream.restricted])
+def test_a_restricted_licence_must_be_accepted(system, tmp_path):
     with pytest.raises(ValueError, match="--accept-licence"):
-        convert("ta_tok", GOLDEN / "ta_tok", tmp_path / "out")
+        convert(system, GOLDEN / system, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    convert("ta_tok", GOLDEN / "ta_tok", tmp_path / "out", accept_licence=True)
+    convert(system, GOLDEN / system, tmp_path / "out", accept_licence=True)
 
 
 def test_an_input_statistic_that_the_codec_does_not_hold_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from unimm.nn.conv import LocalBlock, ResidualBlock
 from unimm.nn.pyramid import PyramidBlock
 
 SLACK = 0.01  # beyond the range of pixels, for resampled pictures
+NORMALISED_SLACK = 8.0  # for pixels normalised by channel: any noise of their scale passes, bytes do not
 
 
 @dataclass
@@ -204,7 +205,8 @@ class VisualCodecModel(PreTrainedModel):
             )
         low, high = pixel_values.aminmax()
         black, white = self.config.pixel_range
-        if not black - SLACK <= float(low) <= float(high) <= white + SLACK:
+        slack = SLACK if self.config.pixel_mean is None else NORMALISED_SLACK
+        if not black - slack <= float(low) <= float(high) <= white + slack:
             raise ValueError(
                 f"pixel_values range over [{float(low):.2f}, {float(high):.2f}]; the codec takes "
                 f"[{black:g}, {white:g}]. Use the codec's image processor, or scale by "

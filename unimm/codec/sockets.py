@@ -22,9 +22,17 @@ from unimm.codec.encoders import (
     ViTEncoder,
     ViTEncoderConfig,
 )
-from unimm.codec.feature_decoder import FeatureDecoder, FeatureDecoderConfig, FeatureViT, FeatureViTConfig
+from unimm.codec.feature_decoder import (
+    EmbeddingDecoder,
+    EmbeddingDecoderConfig,
+    FeatureDecoder,
+    FeatureDecoderConfig,
+    FeatureViT,
+    FeatureViTConfig,
+)
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
+from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
 from unimm.codec.resamplers import GridResampler, GridResamplerConfig, Resampler
 
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -38,6 +46,7 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
     "latent": (LatentResamplerConfig, LatentResampler),
+    "qformer": (QFormerResamplerConfig, QFormerResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
@@ -46,4 +55,5 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),
+    "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
 }

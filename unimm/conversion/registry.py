@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from unimm.conversion.maps import llamagen, seed_voken, tar, titok, xomni
+from unimm.conversion.maps import llamagen, seed, seed_voken, tar, titok, xomni
 from unimm.conversion.upstream import Upstream
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -19,6 +19,7 @@ UPSTREAMS: dict[str, Upstream] = {
         titok.ONE_D_PIECE,
         xomni.TOKENIZER,
         tar.TA_TOK,
+        seed.TOKENIZER,
     )
 }
 
