@@ -34,6 +34,17 @@ TINY = {
         "features": {"kind": "features", "width": 32, "blocks": 1},
         "feature_vit": {"kind": "feature_vit", "dim": 16, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "embedding": {"kind": "embedding", "dim": 16, "tokens": 4, "width": 24, "depth": 1, "out_dim": 8},
+        "cross_vit": {
+            "kind": "cross_vit",
+            "dim": 16,
+            "tokens": 4,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_width": 24,
+            "feature_width": 12,
+            "out_dim": 8,
+        },
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
     "quantizer": {
@@ -45,6 +56,7 @@ TINY = {
     "resampler": {
         "grid": {"kind": "grid", "dim": 16},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
+        "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
             "kind": "qformer",
             "tokens": 4,
@@ -59,13 +71,16 @@ TINY = {
         "fixed": {"kind": "fixed", "rows": 2, "columns": 2},
         "resolution": {"kind": "resolution", "min_side": 1, "max_side": 3, "max_positions": 6},
         "sequence": {"kind": "sequence", **SEQUENCE, "prefixes": True},
+        "kept": {"kind": "kept", "rows": 2, "columns": 2},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
     },
 }
 # What a value needs in the other sockets.
 LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
 QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
-COMPANIONS = dict.fromkeys(QUERIES.values(), QUERIES) | dict.fromkeys(LATENT.values(), LATENT)
+SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
+COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
+COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 
 
@@ -143,7 +158,8 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     codec = build(**{name: TINY[name][value] for name, value in kinds.items()})
     images = pixels()
     codes = codec.encode(images)
-    assert codes.ids.shape == (3, 4, codec.spec.num_codebooks)
+    longest = int(codes.lengths.max()) if codec.length.ragged else 4
+    assert codes.ids.shape == (3, longest, codec.spec.num_codebooks)
     codes.validate(codec.spec_without_fingerprint)
     if codec.decoder_options.makes_pixels:
         assert codec.decode(codes).shape == images.shape
@@ -223,6 +239,8 @@ def test_wrong_configurations_are_refused():
         VisualCodecConfig(encoder={"kind": "cnv"})
     with pytest.raises(ValueError, match="divides sizes by 16"):
         VisualCodecConfig(decoder={"kind": "vit", "patch": 8})
+    with pytest.raises(ValueError, match="go together"):
+        VisualCodecConfig(length={"kind": "kept", "rows": 8, "columns": 8})
     with pytest.raises(ValueError, match="name three of each"):
         VisualCodecConfig(pixel_mean=[0.5, 0.5, 0.5])
     for options, message in (

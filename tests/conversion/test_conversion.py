@@ -13,10 +13,17 @@ from transformers import AutoImageProcessor, AutoModel
 from unimm import VisualCodecImageProcessor, VisualCodes
 from unimm.cli.main import main
 from unimm.codec.image_processing import any_shape_size
+from unimm.codec.selection import padded
 from unimm.conversion import UPSTREAMS, convert, find_upstream
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-OUTPUTS = ("reconstruction", "decoded", "features", "image_embedding")  # what decoding gives, by upstream's name
+OUTPUTS = (
+    "reconstruction",
+    "decoded",
+    "features",
+    "image_embedding",
+    "lowres_cond_argmax",
+)  # what decoding gives, by upstream's name
 TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
 
 
@@ -42,13 +49,22 @@ def as_ids(codes):
     return codes.flatten(1)
 
 
+def assert_codes(codes, expected):
+    """All codes are the expected ones, where pictures differ in length those of all pictures in a row."""
+    if "token_num_argmax" in expected:
+        assert codes.lengths.equal(expected["token_num_argmax"])
+        assert codes.ids[codes.mask][:, 0].equal(expected["codes_argmax"])
+    else:
+        assert codes.ids[..., 0].equal(as_ids(expected["codes"]))
+
+
 @pytest.mark.parametrize("system", UPSTREAMS)
 def test_codes_and_output_equal_the_reference(system, converted):
     codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
     codes = codec.encode(expected["pixel_values"])
     assert codes.ids.dtype == torch.int64
     assert codes.ids.shape[2] == codec.spec.num_codebooks
-    assert codes.ids[..., 0].equal(as_ids(expected["codes"]))
+    assert_codes(codes, expected)
     if "z_q" in expected:
         rows = expected["z_q"]
         rows = rows.flatten(2).transpose(1, 2) if rows.ndim == 4 else rows
@@ -65,7 +81,7 @@ def test_codes_survive_saving_and_a_bfloat16_load(system, converted, tmp_path):
     codec.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert again.fingerprint() == codec.fingerprint()
-    assert again.encode(expected["pixel_values"]).ids[..., 0].equal(as_ids(expected["codes"]))
+    assert_codes(again.encode(expected["pixel_values"]), expected)
 
 
 @pytest.mark.parametrize("system", UPSTREAMS)
@@ -264,6 +280,40 @@ def test_seed_takes_normalised_pixels_of_its_tower_and_no_bytes(converted):
         codec.encode(torch.full((1, 3, 56, 56), 255.0))
     with pytest.raises(ValueError, match="with a detokenizer"):
         codec.pictures(codec.encode(torch.zeros(1, 3, 56, 56)))
+
+
+def test_lavit_selects_by_content_and_by_chance_on_request(converted):
+    codec, expected = AutoModel.from_pretrained(converted("lavit_tokenizer")), reference("lavit_tokenizer")
+    pixels = expected["pixel_values"]
+    codes = codec.encode(pixels)
+    assert len(set(codes.lengths.tolist())) > 1
+    torch.testing.assert_close(codec.lookup(codes)[codes.mask], expected["z_q_argmax"], atol=TOLERANCE, rtol=0)
+    for picture, length in enumerate(codes.lengths.tolist()):  # what stands beside a picture changes nothing
+        alone = codec.encode(pixels[picture : picture + 1])
+        assert alone.ids[0].equal(codes.ids[picture, :length])
+        torch.testing.assert_close(codec.decode(alone)[0], codec.decode(codes)[picture], atol=TOLERANCE, rtol=0)
+    drawn = [codec.encode(pixels, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert drawn[0].ids.equal(drawn[1].ids)
+    assert not drawn[0].ids.equal(drawn[2].ids)
+    with pytest.raises(ValueError, match="up to the picture"):
+        codec.encode(pixels, num_tokens=4)
+
+
+@torch.no_grad()
+def test_lavit_merges_what_its_own_noise_kept(converted):
+    codec, expected = AutoModel.from_pretrained(converted("lavit_tokenizer")), reference("lavit_tokenizer")
+    features, select = codec.encoder(expected["pixel_values"]), codec.resampler
+    scores = select.selector(features.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(scores, expected["pred_score"], atol=TOLERANCE, rtol=0)
+    keep = select.choose(scores, expected["gumbel_noise"])
+    assert keep.long().equal(expected["keep_sampled"])
+    positions = select.merge(features, keep)[keep.bool()]
+    torch.testing.assert_close(positions, expected["z_sampled"], atol=TOLERANCE, rtol=0)
+    ids, mask = padded(codec.quantizer(positions[None]).ids[0], keep.bool())
+    assert ids[mask][:, 0].equal(expected["codes_sampled"])
+    drawn = codec.decode(VisualCodes(ids, mask))
+    torch.testing.assert_close(drawn, expected["lowres_cond_sampled"], atol=TOLERANCE, rtol=0)
+    assert select.choose(torch.tensor([[[-9.0, 0.0], [-8.0, 0.0]]])).tolist() == [[0.0, 1.0]]  # never nothing
 
 
 @pytest.mark.parametrize("system", [name for name, upstream in UPSTREAMS.items() if upstream.restricted])

@@ -91,6 +91,11 @@ class VisualCodecConfig(PreTrainedConfig):
             raise ValueError(
                 f"The encoder divides sizes by {self.downsample}, the decoder multiplies by {decoder.upsample}."
             )
+        if self.length_policy.ragged != (self.resampler["kind"] == "select"):
+            raise ValueError(
+                f"resampler.kind is {self.resampler['kind']!r} and length.kind {self.length['kind']!r}; "
+                "'select' and 'kept' go together."
+            )
         self.length_policy.grid(self.image_size, self.image_size, self.downsample)
 
     def _normalised_bounds(self) -> tuple[list[float], list[float]]:

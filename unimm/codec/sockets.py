@@ -34,6 +34,7 @@ from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTD
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
 from unimm.codec.resamplers import GridResampler, GridResamplerConfig, Resampler
+from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
 
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvEncoderConfig, ConvEncoder),
@@ -47,6 +48,7 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
     "latent": (LatentResamplerConfig, LatentResampler),
     "qformer": (QFormerResamplerConfig, QFormerResampler),
+    "select": (SelectResamplerConfig, SelectResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
@@ -56,4 +58,5 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
+    "cross_vit": (CrossViTConfig, CrossViTDecoder),
 }
