@@ -45,6 +45,7 @@ TINY = {
             "feature_width": 12,
             "out_dim": 8,
         },
+        "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
     "quantizer": {
@@ -56,6 +57,7 @@ TINY = {
     "resampler": {
         "grid": {"kind": "grid", "dim": 16},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
+        "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
             "kind": "qformer",
@@ -78,8 +80,10 @@ TINY = {
 # What a value needs in the other sockets.
 LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
 QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
+REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
+COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 
@@ -161,6 +165,10 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     longest = int(codes.lengths.max()) if codec.length.ragged else 4
     assert codes.ids.shape == (3, longest, codec.spec.num_codebooks)
     codes.validate(codec.spec_without_fingerprint)
+    if kind == "none":
+        with pytest.raises(ValueError, match="no decoder: a flow draws"):
+            codec.decode(codes)
+        return
     if codec.decoder_options.makes_pixels:
         assert codec.decode(codes).shape == images.shape
     codec.save_pretrained(tmp_path)
@@ -192,6 +200,13 @@ def test_fsq_ids_are_in_range_and_round_trip(levels, seed):
     quantized = quantizer(torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)) * 5)
     assert 0 <= int(quantized.ids.min()) <= int(quantized.ids.max()) < quantizer.sizes[0]
     torch.testing.assert_close(quantizer.lookup(quantized.ids), quantized.vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_fsq_without_projection_takes_one_channel_per_level():
+    quantizer = FSQ(FSQConfig((4, 3), project=False), dim=2)
+    assert quantizer.code_vectors()[0].shape == (12, 2)
+    with pytest.raises(ValueError, match="set project: true"):
+        FSQ(FSQConfig((4, 3), project=False), dim=5)
 
 
 def test_every_fsq_id_has_vectors_of_its_own():

@@ -43,7 +43,7 @@ class VisualCodecConfig(PreTrainedConfig):
     """Encoder -> Resampler -> Quantizer -> LengthPolicy -> Decoder, each `{"kind": name, **options}`.
 
     Args:
-        image_size: side in pixels that the image processor resizes to.
+        image_size: side in pixels that the image processor resizes to; in latents, of a codec that reads them.
         pixel_range: lowest and highest value of a pixel, black and white, on both sides of the codec.
         pixel_mean, pixel_std: of each channel, by which pictures in [0, 1] are normalised for a codec around a vision
             tower; `pixel_range` then follows from them. None where all channels have that range.
@@ -116,6 +116,16 @@ class VisualCodecConfig(PreTrainedConfig):
     def downsample(self) -> int:
         """Pixels per grid cell, on each side."""
         return socket_config("encoder", self.encoder).downsample
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the codec reads pictures, rather than the latents of another autoencoder."""
+        return socket_config("encoder", self.encoder).reads_pixels
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of what the codec reads."""
+        return socket_config("encoder", self.encoder).in_channels
 
     @property
     def length_policy(self) -> LengthPolicy:

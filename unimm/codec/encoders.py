@@ -17,8 +17,22 @@ FAINT = 0.1  # of the range [-1, 1]: a contrast that is not stretched any furthe
 PALETTE_DIRECTIONS = 32
 
 
+class EncoderOptions:
+    """What the codec asks of any encoder's config besides `width` and `downsample`."""
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the input is a picture; else it is the latents of another autoencoder, which have no range."""
+        return True
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return 3
+
+
 @dataclass(frozen=True)
-class ConvEncoderConfig:
+class ConvEncoderConfig(EncoderOptions):
     """Residual convolutions; the first fold is `patch`, every further stage halves the grid.
 
     Args:
@@ -97,7 +111,7 @@ class LocalEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class ViTEncoderConfig:
+class ViTEncoderConfig(EncoderOptions):
     """Transformer over square patches.
 
     Args:
@@ -192,15 +206,30 @@ class ViTEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class PatchEncoderConfig:
-    """One linear map of square patches of `patch` pixels a side; what looks at them together is the resampler."""
+class PatchEncoderConfig(EncoderOptions):
+    """One linear map of square patches of `patch` pixels a side; what looks at them together is the resampler.
+
+    Args:
+        patch: side of a patch.
+        width: D.
+        latent_channels: of the latents of another autoencoder, which are read in place of pixels; 0 for pixels.
+    """
 
     patch: int = 16
     width: int = 512
+    latent_channels: int = 0
 
     @property
     def downsample(self) -> int:
         return self.patch
+
+    @property
+    def reads_pixels(self) -> bool:
+        return not self.latent_channels
+
+    @property
+    def in_channels(self) -> int:
+        return self.latent_channels or 3
 
 
 class PatchEncoder(nn.Module):
@@ -208,14 +237,14 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, config: PatchEncoderConfig) -> None:
         super().__init__()
-        self.patches = SpaceToChannels(3, config.width, config.patch)
+        self.patches = SpaceToChannels(config.in_channels, config.width, config.patch)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.patches(pixel_values)
 
 
 @dataclass(frozen=True)
-class FormAndPaletteConfig:
+class FormAndPaletteConfig(EncoderOptions):
     """Two branches over one grid of cells.
 
     Args:

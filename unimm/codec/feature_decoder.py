@@ -154,3 +154,37 @@ class EmbeddingDecoder(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.head(self.narrow(hidden).flatten(1))
+
+
+@dataclass(frozen=True)
+class NoDecoderConfig(FeatureOptions):
+    """Codes are looked up, and what draws from them is not part of the codec.
+
+    Args:
+        dim: width of a looked-up code.
+        drawn_by: what draws from the codes, as the refusal to decode names it.
+    """
+
+    dim: int = 256
+    drawn_by: str = "another model"
+
+    @property
+    def in_width(self) -> int:
+        return self.dim
+
+
+class NoDecoder(nn.Module):
+    """Refuses every input.
+
+    Raises:
+        ValueError: always, with what would draw.
+    """
+
+    def __init__(self, config: NoDecoderConfig) -> None:
+        super().__init__()
+        self.drawn_by = config.drawn_by
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        raise ValueError(
+            f"This codec has no decoder: {self.drawn_by} draws from its codes. lookup(codes) gives what that reads."
+        )

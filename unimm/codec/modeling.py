@@ -84,7 +84,8 @@ class VisualCodecModel(PreTrainedModel):
         """Codes of a batch of pictures.
 
         Args:
-            pixel_values: float `[B, 3, H, W]` in `config.pixel_range`.
+            pixel_values: float `[B, 3, H, W]` in `config.pixel_range`, or latents `[B, C, H, W]` where the codec reads
+                those of another autoencoder.
             num_tokens: the number of positions wanted; by default as many as the codec makes of this size.
             generator: of the choice of positions, for a codec that selects them by chance in its release; without one
                 the same picture always has the same codes.
@@ -222,11 +223,15 @@ class VisualCodecModel(PreTrainedModel):
         return F.interpolate(pixel_values, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+        channels = self.config.in_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+            way_out = "Use the codec's image processor." if self.config.reads_pixels else "They are a VAE's latents."
             raise ValueError(
-                f"pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}; they must be floats [B, 3, H, W]. "
-                "Use the codec's image processor."
+                f"pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}; they must be floats "
+                f"[B, {channels}, H, W]. {way_out}"
             )
+        if not self.config.reads_pixels:
+            return self.length.grid(pixel_values.shape[2], pixel_values.shape[3], self.config.downsample)
         low, high = pixel_values.aminmax()
         black, white = self.config.pixel_range
         slack = SLACK if self.config.pixel_mean is None else NORMALISED_SLACK

@@ -29,10 +29,13 @@ from unimm.codec.feature_decoder import (
     FeatureDecoderConfig,
     FeatureViT,
     FeatureViTConfig,
+    NoDecoder,
+    NoDecoderConfig,
 )
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
+from unimm.codec.registers import RegisterResampler, RegisterResamplerConfig
 from unimm.codec.resamplers import GridResampler, GridResamplerConfig, Resampler
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
 
@@ -48,6 +51,7 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
     "latent": (LatentResamplerConfig, LatentResampler),
     "qformer": (QFormerResamplerConfig, QFormerResampler),
+    "registers": (RegisterResamplerConfig, RegisterResampler),
     "select": (SelectResamplerConfig, SelectResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -59,4 +63,5 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
+    "none": (NoDecoderConfig, NoDecoder),
 }

@@ -70,10 +70,10 @@ def convert(system: str, source: str | Path, target: str | Path, *, accept_licen
     plan = _plan(upstream, _read_config(source))
     weights, dropped = rename(plan, _read_weights(source), _listed_without_effect(source))
     model = _fill(plan, weights)
-    processor = VisualCodecImageProcessor.for_codec(model.config, plan.any_shape)
     with atomic_directory(target) as folder:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        if model.config.reads_pixels:
+            VisualCodecImageProcessor.for_codec(model.config, plan.any_shape).save_pretrained(folder)
         record = {
             "system": upstream.system,
             "repository": upstream.repository,

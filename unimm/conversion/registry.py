@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from unimm.conversion.maps import lavit, llamagen, seed, seed_voken, tar, titok, xomni
+from unimm.conversion.maps import flextok, lavit, llamagen, seed, seed_voken, tar, titok, xomni
 from unimm.conversion.upstream import Upstream
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -20,6 +20,7 @@ UPSTREAMS: dict[str, Upstream] = {
         xomni.TOKENIZER,
         tar.TA_TOK,
         seed.TOKENIZER,
+        flextok.TOKENIZER,
         lavit.TOKENIZER,
     )
 }
