@@ -33,6 +33,19 @@ TINY = {
         "pyramid": {"kind": "pyramid", **PYRAMID, "upsampling": "shuffle", "adaptive": True},
         "features": {"kind": "features", "width": 32, "blocks": 1},
         "feature_vit": {"kind": "feature_vit", "dim": 16, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
+        "embedding": {"kind": "embedding", "dim": 16, "tokens": 4, "width": 24, "depth": 1, "out_dim": 8},
+        "cross_vit": {
+            "kind": "cross_vit",
+            "dim": 16,
+            "tokens": 4,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_width": 24,
+            "feature_width": 12,
+            "out_dim": 8,
+        },
+        "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
     "quantizer": {
@@ -44,17 +57,34 @@ TINY = {
     "resampler": {
         "grid": {"kind": "grid", "dim": 16},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
+        "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
+        "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
+        "qformer": {
+            "kind": "qformer",
+            "tokens": 4,
+            "dim": 16,
+            "width": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "mlp_width": 24,
+        },
     },
     "length": {
         "fixed": {"kind": "fixed", "rows": 2, "columns": 2},
         "resolution": {"kind": "resolution", "min_side": 1, "max_side": 3, "max_positions": 6},
         "sequence": {"kind": "sequence", **SEQUENCE, "prefixes": True},
+        "kept": {"kind": "kept", "rows": 2, "columns": 2},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
     },
 }
 # What a value needs in the other sockets.
 LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
-COMPANIONS = dict.fromkeys(LATENT.values(), LATENT)
+QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
+REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
+SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
+COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
+COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
+COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 
 
@@ -132,8 +162,13 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     codec = build(**{name: TINY[name][value] for name, value in kinds.items()})
     images = pixels()
     codes = codec.encode(images)
-    assert codes.ids.shape == (3, 4, len(codec.quantizer.sizes))
+    longest = int(codes.lengths.max()) if codec.length.ragged else 4
+    assert codes.ids.shape == (3, longest, len(codec.quantizer.sizes))
     codes.validate(codec.spec_without_fingerprint)
+    if kind == "none":
+        with pytest.raises(ValueError, match="no decoder: a flow draws"):
+            codec.decode(codes)
+        return
     if codec.decoder_options.makes_pixels:
         assert codec.decode(codes).shape == images.shape
     codec.save_pretrained(tmp_path)
@@ -165,6 +200,13 @@ def test_fsq_ids_are_in_range_and_round_trip(levels, seed):
     quantized = quantizer(torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)) * 5)
     assert 0 <= int(quantized.ids.min()) <= int(quantized.ids.max()) < quantizer.sizes[0]
     torch.testing.assert_close(quantizer.lookup(quantized.ids), quantized.vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_fsq_without_projection_takes_one_channel_per_level():
+    quantizer = FSQ(FSQConfig((4, 3), project=False), dim=2)
+    assert quantizer.code_vectors()[0].shape == (12, 2)
+    with pytest.raises(ValueError, match="set project: true"):
+        FSQ(FSQConfig((4, 3), project=False), dim=5)
 
 
 def test_every_fsq_id_has_vectors_of_its_own():
@@ -226,6 +268,16 @@ def test_wrong_configurations_are_refused():
         VisualCodecConfig(encoder={"kind": "cnv"})
     with pytest.raises(ValueError, match="divides sizes by 16"):
         VisualCodecConfig(decoder={"kind": "vit", "patch": 8})
+    with pytest.raises(ValueError, match="go together"):
+        VisualCodecConfig(length={"kind": "kept", "rows": 8, "columns": 8})
+    with pytest.raises(ValueError, match="name three of each"):
+        VisualCodecConfig(pixel_mean=[0.5, 0.5, 0.5])
+    for options, message in (
+        ({"class_token": True}, "has a row of the learned table"),
+        ({"table_side": 2, "keep_class_token": True}, "and there is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VisualCodecConfig(encoder={"kind": "vit", **options})
     with pytest.raises(ValueError, match="Did you mean smallest"):
         load_preset("smalest")
 

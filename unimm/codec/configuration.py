@@ -43,8 +43,10 @@ class VisualCodecConfig(PreTrainedConfig):
     """Encoder -> Resampler -> Quantizer -> LengthPolicy -> Decoder, each `{"kind": name, **options}`.
 
     Args:
-        image_size: side in pixels that the image processor resizes to.
+        image_size: side in pixels that the image processor resizes to; in latents, of a codec that reads them.
         pixel_range: lowest and highest value of a pixel, black and white, on both sides of the codec.
+        pixel_mean, pixel_std: of each channel, by which pictures in [0, 1] are normalised for a codec around a vision
+            tower; `pixel_range` then follows from them. None where all channels have that range.
         resize: whether pictures of other sizes are stretched to the square of `image_size` rather than refused.
         encoder, resampler, quantizer, length, decoder: the sockets; see the module of each for kinds and options.
             An empty `length` is fixed at `image_size`.
@@ -57,6 +59,8 @@ class VisualCodecConfig(PreTrainedConfig):
 
     image_size: int = 128
     pixel_range: tuple[float, float] = (-1.0, 1.0)
+    pixel_mean: list[float] | None = None
+    pixel_std: list[float] | None = None
     resize: bool = False
     encoder: dict[str, Any] = field(default_factory=lambda: {"kind": "conv"})
     resampler: dict[str, Any] = field(default_factory=lambda: {"kind": "grid"})
@@ -65,6 +69,9 @@ class VisualCodecConfig(PreTrainedConfig):
     decoder: dict[str, Any] = field(default_factory=lambda: {"kind": "conv"})
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.pixel_mean is not None or self.pixel_std is not None:
+            black, white = self._normalised_bounds()
+            self.pixel_range = (min(black), max(white))
         self.pixel_range = (float(self.pixel_range[0]), float(self.pixel_range[1]))
         if not self.length:
             side = self.image_size // self.downsample
@@ -84,12 +91,41 @@ class VisualCodecConfig(PreTrainedConfig):
             raise ValueError(
                 f"The encoder divides sizes by {self.downsample}, the decoder multiplies by {decoder.upsample}."
             )
+        if self.length_policy.ragged != (self.resampler["kind"] == "select"):
+            raise ValueError(
+                f"resampler.kind is {self.resampler['kind']!r} and length.kind {self.length['kind']!r}; "
+                "'select' and 'kept' go together."
+            )
         self.length_policy.grid(self.image_size, self.image_size, self.downsample)
+
+    def _normalised_bounds(self) -> tuple[list[float], list[float]]:
+        mean, std = self.pixel_mean, self.pixel_std
+        if mean is None or std is None or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"pixel_mean is {mean} and pixel_std {std}; name three of each, the second above 0.")
+        pairs = list(zip(mean, std, strict=True))
+        return [-centre / spread for centre, spread in pairs], [(1 - centre) / spread for centre, spread in pairs]
+
+    @property
+    def pixel_bounds(self) -> tuple[list[float], list[float]]:
+        """Black and white of the three channels."""
+        if self.pixel_mean is None:
+            return [self.pixel_range[0]] * 3, [self.pixel_range[1]] * 3
+        return self._normalised_bounds()
 
     @property
     def downsample(self) -> int:
         """Pixels per grid cell, on each side."""
         return socket_config("encoder", self.encoder).downsample
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the codec reads pictures, rather than the latents of another autoencoder."""
+        return socket_config("encoder", self.encoder).reads_pixels
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of what the codec reads."""
+        return socket_config("encoder", self.encoder).in_channels
 
     @property
     def length_policy(self) -> LengthPolicy:

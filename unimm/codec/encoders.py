@@ -17,8 +17,22 @@ FAINT = 0.1  # of the range [-1, 1]: a contrast that is not stretched any furthe
 PALETTE_DIRECTIONS = 32
 
 
+class EncoderOptions:
+    """What the codec asks of any encoder's config besides `width` and `downsample`."""
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the input is a picture; else it is the latents of another autoencoder, which have no range."""
+        return True
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input."""
+        return 3
+
+
 @dataclass(frozen=True)
-class ConvEncoderConfig:
+class ConvEncoderConfig(EncoderOptions):
     """Residual convolutions; the first fold is `patch`, every further stage halves the grid.
 
     Args:
@@ -97,7 +111,7 @@ class LocalEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class ViTEncoderConfig:
+class ViTEncoderConfig(EncoderOptions):
     """Transformer over square patches.
 
     Args:
@@ -110,6 +124,10 @@ class ViTEncoderConfig:
         table_side: learned positions of a square grid of this side, resized to the grid of the picture (X-Omni,
             2507.22058); 0 for sines and cosines, which have no size.
         final_norm: whether a norm ends the tower.
+        final_eps: of that norm; None for `eps`.
+        class_token: whether a learned token, with the first row of the table, stands before the patches.
+        keep_class_token: whether its feature is given too, before those of the patches; the features then are one row
+            `[B, D, 1, 1 + rows * columns]`, for resamplers that attend to them (SEED, 2307.08041).
         tanh_gelu: whether GELU is computed by its tanh formula (SigLIP).
         mean, std: of pixels; the tower sees their distance from `mean` in units of `std`.
     """
@@ -122,9 +140,18 @@ class ViTEncoderConfig:
     eps: float = 1e-5
     table_side: int = 0
     final_norm: bool = True
+    final_eps: float | None = None
+    class_token: bool = False
+    keep_class_token: bool = False
     tanh_gelu: bool = False
     mean: float = 0.0
     std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.class_token and not self.table_side:
+            raise ValueError("class_token has a row of the learned table; set table_side, or class_token: false.")
+        if self.keep_class_token and not self.class_token:
+            raise ValueError("keep_class_token is true and there is none; set class_token: true.")
 
     @property
     def downsample(self) -> int:
@@ -140,7 +167,11 @@ class ViTEncoder(nn.Module):
         self.mean, self.std = config.mean, config.std
         self.table: nn.Parameter | None = None
         if config.table_side:
-            self.table = nn.Parameter(torch.randn(config.table_side**2, config.width) * 0.02)
+            self.table = nn.Parameter(torch.randn(config.table_side**2 + config.class_token, config.width) * 0.02)
+        self.class_token: nn.Parameter | None = None
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.randn(1, config.width) * 0.02)
+        self.keep_class_token = config.keep_class_token
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 config.width,
@@ -151,31 +182,54 @@ class ViTEncoder(nn.Module):
             )
             for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width, eps=config.eps) if config.final_norm else nn.Identity()
+        final_eps = config.eps if config.final_eps is None else config.final_eps
+        self.norm = nn.LayerNorm(config.width, eps=final_eps) if config.final_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         grid = self.patches((pixel_values - self.mean) / self.std)  # [B, D, rows, columns]
         batch, width, rows, columns = grid.shape
+        before = 0 if self.class_token is None else 1
         if self.table is None:
             positions = sincos_2d(rows, columns, width, grid.device)
         else:
-            positions = resized_table(self.table, rows, columns)
+            positions = resized_table(self.table[before:], rows, columns)
         hidden = grid.flatten(2).transpose(1, 2) + positions.to(grid.dtype)
+        if self.table is not None and self.class_token is not None:
+            class_token = (self.class_token + self.table[:1]).expand(batch, 1, -1)
+            hidden = torch.cat([class_token, hidden], dim=1)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.norm(hidden).transpose(1, 2).reshape(batch, width, rows, columns)
+        hidden = self.norm(hidden).transpose(1, 2)
+        if self.keep_class_token:
+            return hidden[:, :, None]
+        return hidden[:, :, before:].reshape(batch, width, rows, columns)
 
 
 @dataclass(frozen=True)
-class PatchEncoderConfig:
-    """One linear map of square patches of `patch` pixels a side; what looks at them together is the resampler."""
+class PatchEncoderConfig(EncoderOptions):
+    """One linear map of square patches of `patch` pixels a side; what looks at them together is the resampler.
+
+    Args:
+        patch: side of a patch.
+        width: D.
+        latent_channels: of the latents of another autoencoder, which are read in place of pixels; 0 for pixels.
+    """
 
     patch: int = 16
     width: int = 512
+    latent_channels: int = 0
 
     @property
     def downsample(self) -> int:
         return self.patch
+
+    @property
+    def reads_pixels(self) -> bool:
+        return not self.latent_channels
+
+    @property
+    def in_channels(self) -> int:
+        return self.latent_channels or 3
 
 
 class PatchEncoder(nn.Module):
@@ -183,14 +237,14 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, config: PatchEncoderConfig) -> None:
         super().__init__()
-        self.patches = SpaceToChannels(3, config.width, config.patch)
+        self.patches = SpaceToChannels(config.in_channels, config.width, config.patch)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.patches(pixel_values)
 
 
 @dataclass(frozen=True)
-class FormAndPaletteConfig:
+class FormAndPaletteConfig(EncoderOptions):
     """Two branches over one grid of cells.
 
     Args:

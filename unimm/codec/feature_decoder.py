@@ -97,3 +97,94 @@ class FeatureViT(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.head(self.norm(hidden))
+
+
+@dataclass(frozen=True)
+class EmbeddingDecoderConfig(FeatureOptions):
+    """Codes to one vector of the whole picture, which an unCLIP pipeline draws from (SEED, 2307.08041).
+
+    Args:
+        dim: width of a looked-up code.
+        tokens: codes of a picture.
+        width, depth, num_heads: of the transformer over them.
+        eps: of every norm.
+        narrowing: widths through which each position shrinks before all are read together.
+        out_dim: width of the vector.
+    """
+
+    dim: int = 32
+    tokens: int = 32
+    width: int = 768
+    depth: int = 4
+    num_heads: int = 12
+    eps: float = 1e-6
+    narrowing: tuple[int, ...] = (256, 128, 32)
+    out_dim: int = 1024
+
+    def __post_init__(self) -> None:
+        if not self.narrowing or min(self.narrowing) < 1:
+            raise ValueError(f"narrowing is {self.narrowing}; name at least one positive width.")
+
+    @property
+    def in_width(self) -> int:
+        return self.dim
+
+
+class EmbeddingDecoder(nn.Module):
+    """`[B, tokens, dim]` to `[B, out_dim]`."""
+
+    def __init__(self, config: EmbeddingDecoderConfig) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(config.dim, config.dim), nn.Tanh(), nn.Linear(config.dim, config.width))
+        self.positions = nn.Parameter(torch.randn(config.tokens, config.width) * 0.02)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config.width, config.num_heads, eps=config.eps) for _ in range(config.depth)
+        )
+        self.narrow = nn.Sequential()
+        width = config.width
+        for narrower in config.narrowing:
+            if len(self.narrow):
+                self.narrow.append(nn.ReLU())
+            self.narrow.append(nn.Linear(width, narrower, bias=False))
+            width = narrower
+        self.head = nn.Linear(config.tokens * width, config.out_dim)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(vectors) + self.positions
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(self.narrow(hidden).flatten(1))
+
+
+@dataclass(frozen=True)
+class NoDecoderConfig(FeatureOptions):
+    """Codes are looked up, and what draws from them is not part of the codec.
+
+    Args:
+        dim: width of a looked-up code.
+        drawn_by: what draws from the codes, as the refusal to decode names it.
+    """
+
+    dim: int = 256
+    drawn_by: str = "another model"
+
+    @property
+    def in_width(self) -> int:
+        return self.dim
+
+
+class NoDecoder(nn.Module):
+    """Refuses every input.
+
+    Raises:
+        ValueError: always, with what would draw.
+    """
+
+    def __init__(self, config: NoDecoderConfig) -> None:
+        super().__init__()
+        self.drawn_by = config.drawn_by
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        raise ValueError(
+            f"This codec has no decoder: {self.drawn_by} draws from its codes. lookup(codes) gives what that reads."
+        )

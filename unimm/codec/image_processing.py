@@ -32,12 +32,11 @@ class VisualCodecImageProcessor(PilBackend):
     @classmethod
     def for_codec(cls, config: VisualCodecConfig, any_shape: dict[str, Any] | None = None) -> VisualCodecImageProcessor:
         """The processor that gives a codec its size, or pictures of any shape, and its range of pixels."""
-        black, white = config.pixel_range
-        spread = 1 / (white - black)
+        spreads = [1 / (white - black) for black, white in zip(*config.pixel_bounds, strict=True)]
         return cls(
             size={"height": config.image_size, "width": config.image_size},
-            image_mean=[-black * spread] * 3,
-            image_std=[spread] * 3,
+            image_mean=[-black * spread for black, spread in zip(config.pixel_bounds[0], spreads, strict=True)],
+            image_std=spreads,
             any_shape=any_shape,
         )
 

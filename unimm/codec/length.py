@@ -39,6 +39,11 @@ class LengthPolicy(ABC):
         return "grid"
 
     @property
+    def ragged(self) -> bool:
+        """Whether pictures of one size may have different numbers of codes."""
+        return False
+
+    @property
     def max_length(self) -> int:
         return max(rows * columns for rows, columns in self.grids())
 
@@ -169,9 +174,34 @@ class PooledLength(LengthPolicy):
         return [Arrangement(self.rows // pool, self.columns // pool, pool) for pool in fitting]
 
 
+@dataclass(frozen=True)
+class KeptLength(LengthPolicy):
+    """A picture of one size has as many codes as the resampler keeps of its cells (LaVIT, 2309.04669)."""
+
+    rows: int
+    columns: int
+
+    def grids(self) -> list[tuple[int, int]]:
+        return [(self.rows, self.columns)]
+
+    @property
+    def layout(self) -> str:
+        return "sequence"
+
+    @property
+    def ragged(self) -> bool:
+        return True
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        if num_tokens is not None:
+            raise ValueError(f"num_tokens is {num_tokens}; how many codes this codec makes is up to the picture.")
+        return Arrangement(1, self.max_length)
+
+
 LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {
     "fixed": FixedLength,
     "resolution": ResolutionLength,
     "sequence": SequenceLength,
     "pooled": PooledLength,
+    "kept": KeptLength,
 }

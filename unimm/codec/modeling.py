@@ -15,8 +15,9 @@ from transformers.utils import ModelOutput
 from unimm.codec.configuration import VisualCodecConfig, socket_config
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.length import Arrangement
-from unimm.codec.quantizers import QUANTIZERS, Quantizer
+from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
+from unimm.codec.selection import SelectResampler, padded
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
@@ -24,6 +25,7 @@ from unimm.nn.conv import LocalBlock, ResidualBlock
 from unimm.nn.pyramid import PyramidBlock
 
 SLACK = 0.01  # beyond the range of pixels, for resampled pictures
+NORMALISED_SLACK = 8.0  # for pixels normalised by channel: any noise of their scale passes, bytes do not
 
 
 @dataclass
@@ -31,8 +33,8 @@ class CodecOutput(ModelOutput):
     """What a training step needs.
 
     Args:
-        reconstruction: `[B, 3, H, W]`, about [-1, 1], not clamped.
-        ids: int64 `[B, N, K]`.
+        reconstruction: `[B, 3, H, W]`, about [-1, 1], not clamped; of a codec without pixels, its features.
+        ids: int64 `[B, N, K]`, zeros on the right of pictures with fewer codes.
         quantizer_loss: scalar.
     """
 
@@ -76,12 +78,17 @@ class VisualCodecModel(PreTrainedModel):
         self.dim = resampler.dim
         self.post_init()
 
-    def encode(self, pixel_values: torch.Tensor, *, num_tokens: int | None = None) -> VisualCodes:
+    def encode(
+        self, pixel_values: torch.Tensor, *, num_tokens: int | None = None, generator: torch.Generator | None = None
+    ) -> VisualCodes:
         """Codes of a batch of pictures.
 
         Args:
-            pixel_values: float `[B, 3, H, W]` in `config.pixel_range`.
+            pixel_values: float `[B, 3, H, W]` in `config.pixel_range`, or latents `[B, C, H, W]` where the codec reads
+                those of another autoencoder.
             num_tokens: the number of positions wanted; by default as many as the codec makes of this size.
+            generator: of the choice of positions, for a codec that selects them by chance in its release; without one
+                the same picture always has the same codes.
 
         Raises:
             ValueError: wrong shape or range, a size the codec cannot take, or a `num_tokens` it cannot make of it.
@@ -89,6 +96,9 @@ class VisualCodecModel(PreTrainedModel):
         pixel_values = self._fit(pixel_values)
         arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
         with torch.no_grad():
+            if isinstance(self.resampler, SelectResampler):
+                quantized, mask = self._quantize_kept(self.resampler, pixel_values, generator)
+                return VisualCodes(quantized.ids, mask)
             ids = self.quantizer(self._positions(pixel_values, arrangement.pool)).ids[:, : arrangement.length]
         if self.length.layout == "grid":
             return VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
@@ -97,7 +107,7 @@ class VisualCodecModel(PreTrainedModel):
     def lookup(self, codes: VisualCodes) -> torch.Tensor:
         """The vectors that the codes stand for, float32 `[B, N, D]`."""
         codes.validate(self.spec_without_fingerprint)
-        return self.quantizer.lookup(codes.ids)
+        return self.quantizer.lookup(codes.ids.masked_fill(~codes.mask[..., None], 0))
 
     def code_vectors(self) -> tuple[torch.Tensor, ...]:
         """What each code of each slot stands for, K times float32 `[size, D of the slot]`."""
@@ -115,6 +125,8 @@ class VisualCodecModel(PreTrainedModel):
         grid = self._check_codes(codes)
         self._check_condition(condition, len(codes))
         with torch.no_grad():
+            if self.length.ragged:
+                return self.decoder(self.resampler.restore(self.lookup(codes), grid), codes.mask)
             return self._draw(self.lookup(codes), grid, condition)
 
     def pictures(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
@@ -137,6 +149,9 @@ class VisualCodecModel(PreTrainedModel):
         pixel_values = self._fit(pixel_values)
         arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), None)
         self._check_condition(condition, len(pixel_values))
+        if isinstance(self.resampler, SelectResampler):
+            kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
+            return CodecOutput(self.decoder(kept.vectors, mask), kept.ids, kept.loss)
         quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
         return CodecOutput(
             reconstruction=self._draw(quantized.vectors, (arrangement.rows, arrangement.columns), condition),
@@ -165,13 +180,24 @@ class VisualCodecModel(PreTrainedModel):
     def _positions(self, pixel_values: torch.Tensor, pool: int = 1) -> torch.Tensor:
         return self.resampler.sample(self.encoder(pixel_values.to(self.dtype)), pool)
 
+    def _quantize_kept(
+        self, resampler: SelectResampler, pixel_values: torch.Tensor, generator: torch.Generator | None
+    ) -> tuple[Quantized, torch.Tensor]:
+        """The kept positions of each picture, padded on the right, and their mask."""
+        features = self.encoder(pixel_values.to(self.dtype))
+        keep = resampler.select(features, generator)
+        positions = resampler.merge(features, keep)[keep.bool()]
+        quantized = self.quantizer(positions[None])  # all pictures in a row, [1, M, D]: no loss on padding
+        ids, mask = padded(quantized.ids[0], keep.bool())
+        return Quantized(ids, padded(quantized.vectors[0], keep.bool())[0], quantized.loss), mask
+
     def _draw(self, vectors: torch.Tensor, grid: tuple[int, int], condition: torch.Tensor | None) -> torch.Tensor:
         restored = self.resampler.restore(vectors, grid)
         return self.decoder(restored) if condition is None else self.decoder(restored, condition.to(restored.dtype))
 
     def _check_codes(self, codes: VisualCodes) -> tuple[int, int]:
         if self.length.layout != "grid":
-            if not bool(codes.mask.all()):
+            if not self.length.ragged and not bool(codes.mask.all()):
                 raise ValueError(f"Codes have lengths {codes.lengths.tolist()}; decode one length at a time.")
             self.length.check_length(codes.ids.shape[1])
             return 1, codes.ids.shape[1]
@@ -197,14 +223,19 @@ class VisualCodecModel(PreTrainedModel):
         return F.interpolate(pixel_values, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+        channels = self.config.in_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+            way_out = "Use the codec's image processor." if self.config.reads_pixels else "They are a VAE's latents."
             raise ValueError(
-                f"pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}; they must be floats [B, 3, H, W]. "
-                "Use the codec's image processor."
+                f"pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}; they must be floats "
+                f"[B, {channels}, H, W]. {way_out}"
             )
+        if not self.config.reads_pixels:
+            return self.length.grid(pixel_values.shape[2], pixel_values.shape[3], self.config.downsample)
         low, high = pixel_values.aminmax()
         black, white = self.config.pixel_range
-        if not black - SLACK <= float(low) <= float(high) <= white + SLACK:
+        slack = SLACK if self.config.pixel_mean is None else NORMALISED_SLACK
+        if not black - slack <= float(low) <= float(high) <= white + slack:
             raise ValueError(
                 f"pixel_values range over [{float(low):.2f}, {float(high):.2f}]; the codec takes "
                 f"[{black:g}, {white:g}]. Use the codec's image processor, or scale by "

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimm.codec.decoders import DecoderOptions
+from unimm.codec.encoders import EncoderOptions
 from unimm.nn.conv import ChannelsToSpace
 from unimm.nn.pyramid import EPS, GROUPS, AdaptiveNorm, Double, GridAttention, Halve, PyramidBlock
 
@@ -55,7 +56,7 @@ class PyramidConfig:
 
 
 @dataclass(frozen=True)
-class PyramidEncoderConfig(PyramidConfig):
+class PyramidEncoderConfig(PyramidConfig, EncoderOptions):
     """The encoder.
 
     Args:

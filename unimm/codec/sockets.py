@@ -22,10 +22,22 @@ from unimm.codec.encoders import (
     ViTEncoder,
     ViTEncoderConfig,
 )
-from unimm.codec.feature_decoder import FeatureDecoder, FeatureDecoderConfig, FeatureViT, FeatureViTConfig
+from unimm.codec.feature_decoder import (
+    EmbeddingDecoder,
+    EmbeddingDecoderConfig,
+    FeatureDecoder,
+    FeatureDecoderConfig,
+    FeatureViT,
+    FeatureViTConfig,
+    NoDecoder,
+    NoDecoderConfig,
+)
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
+from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
+from unimm.codec.registers import RegisterResampler, RegisterResamplerConfig
 from unimm.codec.resamplers import GridResampler, GridResamplerConfig, Resampler
+from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
 
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvEncoderConfig, ConvEncoder),
@@ -38,6 +50,9 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
     "latent": (LatentResamplerConfig, LatentResampler),
+    "qformer": (QFormerResamplerConfig, QFormerResampler),
+    "registers": (RegisterResamplerConfig, RegisterResampler),
+    "select": (SelectResamplerConfig, SelectResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
@@ -46,4 +61,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),
+    "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
+    "cross_vit": (CrossViTConfig, CrossViTDecoder),
+    "none": (NoDecoderConfig, NoDecoder),
 }

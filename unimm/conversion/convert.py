@@ -74,7 +74,7 @@ def convert(system: str, source: str | Path, target: str | Path, *, accept_licen
     model = _fill(plan, weights)
     with atomic_directory(target) as folder:
         model.save_pretrained(folder)
-        if isinstance(model, VisualCodecModel):
+        if isinstance(model, VisualCodecModel) and model.config.reads_pixels:
             VisualCodecImageProcessor.for_codec(model.config, plan.any_shape).save_pretrained(folder)
         record = {
             "system": upstream.system,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from unimm.conversion.maps import llamagen, seed_voken, tar, titok, xomni, xomni_lm
+from unimm.conversion.maps import flextok, lavit, llamagen, seed, seed_voken, tar, titok, xomni, xomni_lm
 from unimm.conversion.upstream import Upstream
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -20,6 +20,9 @@ UPSTREAMS: dict[str, Upstream] = {
         xomni.TOKENIZER,
         xomni_lm.LANGUAGE_MODEL,
         tar.TA_TOK,
+        seed.TOKENIZER,
+        flextok.TOKENIZER,
+        lavit.TOKENIZER,
     )
 }
 

@@ -155,3 +155,19 @@ def blocks_last_to_first(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return split.movedim(2, 0).flatten(0, 2).contiguous()
 
     return change
+
+
+def kernel_of_blocks(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear map of blocks ordered (row in block, column in block, channel), `[out, rows * rows * C]`, as a strided
+    convolution, `[out, C, rows, rows]`.
+    """
+
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        return weight.unflatten(1, (rows, rows, -1)).movedim(3, 1).contiguous()
+
+    return change
+
+
+def cells_of_grid(table: torch.Tensor) -> torch.Tensor:
+    """Positions `[1, D, rows, columns]` in raster order, `[rows * columns, D]`."""
+    return table[0].flatten(1).T.contiguous()

@@ -7,8 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def check_heads(width: int, num_heads: int) -> None:
+    """Raise `ValueError` where `width` is not a multiple of `num_heads`."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"Width {width} is not a multiple of num_heads {num_heads}; choose one that divides it.")
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention without masks.
+    """Multi-head self-attention.
 
     Raises:
         ValueError: `width` is not a multiple of `num_heads`.
@@ -16,18 +22,44 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        if width % num_heads:
-            raise ValueError(f"Width {width} is not a multiple of num_heads {num_heads}; choose one that divides it.")
+        check_heads(width, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`[B, N, D]` to the same; `mask` is bool, True where a row may see a column, and fits `[B, heads, N, N]`."""
         batch, length, width = hidden.shape
         qkv = self.qkv(hidden).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).reshape(batch, length, width))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of one sequence to another, which may have another width.
+
+    Raises:
+        ValueError: `width` is not a multiple of `num_heads`.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, context_width: int) -> None:
+        super().__init__()
+        check_heads(width, num_heads)
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context_width, width)
+        self.value = nn.Linear(context_width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`[B, N, D]` and `[B, M, C]` to `[B, N, D]`; `mask` is bool and fits `[B, heads, N, M]`."""
+        query, key, value = (
+            project(sequence).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N or M, D / heads]
+            for project, sequence in ((self.query, hidden), (self.key, context), (self.value, context))
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

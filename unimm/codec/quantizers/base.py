@@ -44,8 +44,8 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def code_vectors(self) -> tuple[torch.Tensor, ...]:
         """What each code of each slot stands for, K times float32 `[size, D of the slot]`."""
-        weight = next(self.parameters())
-        return (self.lookup(torch.arange(self.sizes[0], device=weight.device).view(1, -1, 1))[0],)
+        device = next((weight.device for weight in self.parameters()), torch.device("cpu"))
+        return (self.lookup(torch.arange(self.sizes[0], device=device).view(1, -1, 1))[0],)
 
 
 def straight_through(continuous: torch.Tensor, discrete: torch.Tensor) -> torch.Tensor:

@@ -16,16 +16,22 @@ MARGIN = 1e-3
 
 @dataclass(frozen=True)
 class FSQConfig:
-    """`levels` per channel; the first channel varies fastest in an id."""
+    """Rounding of each channel.
+
+    Args:
+        levels: per channel; the first channel varies fastest in an id.
+        project: whether linear maps lead to the channels and back; without them the vectors are the channels.
+    """
 
     levels: tuple[int, ...] = (8, 8, 8, 8)
+    project: bool = True
 
 
 class FSQ(Quantizer):
     """One code per position.
 
     Raises:
-        ValueError: a level count below 2.
+        ValueError: a level count below 2, or vectors of another width than the channels without projection.
     """
 
     def __init__(self, config: FSQConfig, *, dim: int) -> None:
@@ -34,8 +40,11 @@ class FSQ(Quantizer):
             raise ValueError(f"levels are {config.levels}; every channel needs at least 2.")
         self.levels = config.levels
         self.sizes = (math.prod(config.levels),)
-        self.to_channels = nn.Linear(dim, len(config.levels))
-        self.to_vectors = nn.Linear(len(config.levels), dim)
+        channels = len(config.levels)
+        if not config.project and dim != channels:
+            raise ValueError(f"Vectors are {dim} wide and there are {channels} levels; set project: true.")
+        self.to_channels = nn.Linear(dim, channels) if config.project else nn.Identity()
+        self.to_vectors = nn.Linear(channels, dim) if config.project else nn.Identity()
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
         bounded = self._bound(self.to_channels(vectors))
@@ -48,8 +57,7 @@ class FSQ(Quantizer):
         levels = torch.tensor(self.levels, device=ids.device)
         basis = torch.tensor(self._basis_tuple(), device=ids.device)
         digits = (ids // basis) % levels
-        dtype = self.to_vectors.weight.dtype
-        return self._project(digits.to(dtype) - self._half_widths(digits.to(dtype)))
+        return self._project(digits.float() - self._half_widths(digits.float()))
 
     def _project(self, rounded: torch.Tensor) -> torch.Tensor:
         return self.to_vectors(rounded / self._half_widths(rounded))

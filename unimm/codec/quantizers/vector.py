@@ -30,6 +30,7 @@ class VQConfig:
         project: whether linear maps lead to the rows and back; without them the vectors must be `dim` wide.
         metric: nearest by distance (`l2`) or by dot product (`dot`, IBQ, 2412.02692); the same once normalised.
         raw_lookup: codes stand for the stored rows even where the search normalises them (X-Omni, 2507.22058).
+        raw_rows: only the vectors are normalised; rows are compared and read as they are stored (LaVIT, 2309.04669).
         map_rows: the rows are a linear map of the stored table, which stays as it was drawn (SimVQ, 2411.02038).
         restart_below: a row that an EMA codebook used less than this (average count per step) moves to a random
             vector of the batch; 0 never restarts.
@@ -44,6 +45,7 @@ class VQConfig:
     project: bool = True
     metric: str = "l2"
     raw_lookup: bool = False
+    raw_rows: bool = False
     map_rows: bool = False
 
 
@@ -82,7 +84,7 @@ class VQ(Quantizer):
             self.register_buffer("sums", self.codebook.detach().clone())
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
-        latents, rows = self._normalized(self.to_rows(vectors)), self._normalized(self.row_map(self.codebook))
+        latents, rows = self._normalized(self.to_rows(vectors)), self._rows()
         ids = self._search(latents.detach().flatten(0, 1), rows.detach()).view(latents.shape[:2])
         chosen = F.embedding(ids, rows)
         loss = self.config.commitment * F.mse_loss(latents, chosen.detach())
@@ -129,9 +131,12 @@ class VQ(Quantizer):
         alive = (self.usage > 0).nonzero().squeeze(1)
         return alive[search(vectors, rows[alive])]
 
-    def _rows_of_codes(self) -> torch.Tensor:
+    def _rows(self) -> torch.Tensor:
         rows = self.row_map(self.codebook)
-        return rows if self.config.raw_lookup else self._normalized(rows)
+        return rows if self.config.raw_rows else self._normalized(rows)
+
+    def _rows_of_codes(self) -> torch.Tensor:
+        return self.row_map(self.codebook) if self.config.raw_lookup else self._rows()
 
     def _normalized(self, rows: torch.Tensor) -> torch.Tensor:
         return F.normalize(rows, dim=-1) if self.config.normalize else rows

@@ -1,0 +1,124 @@
+"""LaVIT's tokenizer: an EVA-CLIP tower, cells that are kept or dropped, and the decoder for one diffusion model."""
+
+from __future__ import annotations
+
+from unimm.codec import VisualCodecConfig
+from unimm.conversion.maps.eva import CLIP_MEAN, CLIP_STD, EVA_G, tower_options, tower_renames
+from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, first, under
+
+# The prefixes under which the weights of upstream's separate files stand.
+ENCODER, DECODER = "tokenizer_encoder", "tokenizer_decoder"
+MERGER_MLP_RATIO = 4.3637
+FEATURE_WIDTH, OUT_WIDTH = 1408, 768  # of the tower, and of what the first diffusion model reads
+MERGER_PARTS = {
+    "norm0": "kept_norm",
+    "token_causal_attn.qkv": "kept.qkv",
+    "token_causal_attn.proj": "kept.out",
+    "norm1": "dropped_norm",
+    "token_cross_attn.query": "dropped.query",
+    "token_cross_attn.key": "dropped.key",
+    "token_cross_attn.value": "dropped.value",
+    "token_cross_attn.proj": "dropped.out",
+    "norm2": "mlp_norm",
+    "mlp.fc1": "mlp.up",
+    "mlp.fc2": "mlp.down",
+}
+DECODER_PARTS = {
+    "norm0": "attention_norm",
+    "self_attn.qkv": "attention.qkv",
+    "self_attn.proj": "attention.out",
+    "norm1": "cross_norm",
+    "cross_attn.query": "cross.query",
+    "cross_attn.key": "cross.key",
+    "cross_attn.value": "cross.value",
+    "cross_attn.proj": "cross.out",
+    "norm2": "mlp_norm",
+    "mlp.fc1": "mlp.up",
+    "mlp.fc2": "mlp.down",
+}
+# The tower's unused norm; the path without codes, by which upstream's language model reads; a second decoder.
+WITHOUT_EFFECT = (
+    rf"{ENCODER}\.encoder\.norm\..*",
+    rf"{ENCODER}\.vit_proj\..*",
+    r"highres_tokenizer_decoder\..*",
+)
+
+
+def plan(upstream: UpstreamConfig) -> Plan:
+    """The plan of `DynamicVisualTokenizer` and `VQDecoder`.
+
+    Raises:
+        ValueError: a tower or a decoder of other sizes than the tokenizer.
+    """
+    name = "DynamicVisualTokenizer"
+    size, patch, width = (upstream.get(f"{name}.{field}") for field in ("img_size", "patch_size", "width"))
+    tower = {**EVA_G, **upstream.get("EVAVisionTransformer", {})}
+    if (tower["patch_size"], tower["embed_dim"]) != (patch, width):
+        raise ValueError(
+            f"The tower has patches of {tower['patch_size']} and width {tower['embed_dim']}, "
+            f"the tokenizer {patch} and {width}; they must be equal."
+        )
+    dim, side = upstream.get(f"{name}.code_dim"), size // patch
+    decoder_width = upstream.get("VQDecoder.embed_dim")
+    if upstream.get("VQDecoder.in_chans") != dim:
+        raise ValueError(f"VQDecoder.in_chans is {upstream.get('VQDecoder.in_chans')}; codes have {dim} channels.")
+    grid = {"rows": side, "columns": side}
+    config = VisualCodecConfig(
+        image_size=size,
+        pixel_mean=CLIP_MEAN,
+        pixel_std=CLIP_STD,
+        encoder={**tower_options(tower, size), "final_norm": False},
+        resampler={
+            "kind": "select",
+            "dim": dim,
+            "depth": upstream.get(f"{name}.layers"),
+            "num_heads": upstream.get(f"{name}.heads"),
+            "mlp_width": int(width * upstream.field("literals_kept.merger_mlp_ratio", MERGER_MLP_RATIO)),
+        },
+        quantizer={
+            "kind": "vq",
+            "size": upstream.get(f"{name}.n_code"),
+            "dim": dim,
+            "project": False,
+            "raw_rows": True,
+        },
+        length={"kind": "kept", **grid},
+        decoder={
+            "kind": "cross_vit",
+            "dim": dim,
+            "tokens": (upstream.get("VQDecoder.img_size", size) // upstream.get("VQDecoder.patch_size", patch)) ** 2,
+            "width": decoder_width,
+            "depth": upstream.get("VQDecoder.depth"),
+            "num_heads": upstream.get("VQDecoder.num_heads"),
+            "mlp_width": int(decoder_width * upstream.get("VQDecoder.mlp_ratio")),
+            "feature_width": upstream.literal("decoder_out_dim", FEATURE_WIDTH),
+            "out_dim": upstream.literal("unet_proj", OUT_WIDTH),
+        },
+    )
+    predictor, merger = rf"{ENCODER}\.token_predictor", rf"{ENCODER}\.causal_encoder"
+    renames = (
+        *tower_renames(rf"{ENCODER}\.encoder"),
+        *under(rf"{predictor}\.in_conv", "resampler.selector.before", {"0": "0", "1": "1"}),
+        *under(rf"{predictor}\.out_conv", "resampler.selector.after", {"0": "0", "2": "2", "4": "4"}),
+        *under(merger, "resampler", {"ln_vision": "features_norm", "norm": "norm"}),
+        *under(rf"{merger}\.blocks\.(?P<index>\d+)", r"resampler.blocks.\g<index>", MERGER_PARTS),
+        *under(rf"{ENCODER}\.encode_task_layer", "resampler.to_positions", {"0": "0", "2": "2"}),
+        Rename(rf"{ENCODER}\.quantize\.embedding\.weight", "quantizer.codebook"),
+        *under(DECODER, "decoder", {"in_proj": "embed", "norm": "norm", "unet_proj": "out"}),
+        Rename(rf"{DECODER}\.pos_embed", "decoder.positions", first),
+        Rename(rf"{DECODER}\.query_embed", "decoder.queries", first),
+        *under(rf"{DECODER}\.blocks\.(?P<index>\d+)", r"decoder.blocks.\g<index>", DECODER_PARTS),
+        *under(rf"{DECODER}\.decode_task_layer", "decoder.head", {"0": "0", "2": "2"}),
+    )
+    return Plan(config, renames, WITHOUT_EFFECT)
+
+
+TOKENIZER = Upstream(
+    system="lavit_tokenizer",
+    repository="jy0205/LaVIT",
+    licence="LaVIT Community License",
+    paper="arXiv 2309.04669",
+    plan=plan,
+    restricted=True,
+    aliases=("lavit",),
+)
