@@ -137,8 +137,9 @@ class VisualCodecModel(PreTrainedModel):
         """
         if not self.decoder_options.makes_pixels:
             raise ValueError("This codec decodes to features, not to pixels; draw its codes with a detokenizer.")
-        black, white = self.config.pixel_range
-        return ((self.decode(codes, condition=condition) - black) * (2 / (white - black)) - 1).clamp(-1, 1)
+        drawn = self.decode(codes, condition=condition)
+        black, white = (drawn.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
+        return ((drawn - black) * (2 / (white - black)) - 1).clamp(-1, 1)
 
     def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """One trip through the codes: `decode(encode(pixel_values))`."""
