@@ -65,7 +65,7 @@ class VisualCodecModel(PreTrainedModel):
     def __init__(self, config: VisualCodecConfig) -> None:
         super().__init__(config)
         encoder, resampler = socket_config("encoder", config.encoder), socket_config("resampler", config.resampler)
-        decoder: DecoderOptions = socket_config("decoder", config.decoder)
+        decoder = socket_config("decoder", config.decoder)
         self.encoder = ENCODERS[config.encoder["kind"]][1](encoder)
         self.resampler = RESAMPLERS[config.resampler["kind"]][1](
             resampler, encoder_width=encoder.width, decoder_width=decoder.in_width
@@ -74,7 +74,7 @@ class VisualCodecModel(PreTrainedModel):
         self.quantizer = quantizer_class(socket_config("quantizer", config.quantizer), dim=resampler.dim)
         self.length = config.length_policy
         self.decoder = DECODERS[config.decoder["kind"]][1](decoder)
-        self.decoder_options = decoder
+        self.decoder_options: DecoderOptions = decoder
         self.dim = resampler.dim
         self.post_init()
 

@@ -5,6 +5,8 @@ Norms are group norms of 32 groups with an epsilon of 1e-6, as in every publishe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +14,7 @@ from torch import nn
 GROUPS = 32
 EPS = 1e-6
 SHORTCUTS = ("input", "update")
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 class PyramidBlock(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -34,7 +34,8 @@ class UniMMConfig(PreTrainedConfig):
     """
 
     model_type = "unimm"
-    auto_map = {}  # TRL asks for it when it loads a reference model; a published model sets its own
+    # TRL asks for it when it loads a reference model; a published model sets its own.
+    auto_map: ClassVar[dict[str, str]] = {}
     sub_configs = {"text_config": AutoConfig, "codec_config": VisualCodecConfig}
 
     text_config: Any = None
