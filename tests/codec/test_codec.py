@@ -12,7 +12,7 @@ from PIL import Image
 from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
 from unimm.codec import load_preset, preset_names
 from unimm.codec.configuration import SOCKETS
-from unimm.codec.encoders import LocalEncoderConfig
+from unimm.codec.encoders import LocalEncoderConfig, stretched_luminance
 from unimm.codec.quantizers import FSQ, VQ, FSQConfig, ProductVQ, ProductVQConfig, VQConfig
 from unimm.codec.quantizers.vector import nearest_rows
 
@@ -130,6 +130,12 @@ def test_form_does_not_depend_on_ink_nor_palette_on_form():
     torch.testing.assert_close(disc[1], square[1], atol=1e-4, rtol=0)
     assert not torch.allclose(disc[0], square[0], atol=1e-2)
     assert not torch.allclose(disc[1], green_disc[1], atol=1e-2)
+
+
+def test_faint_noise_on_a_plain_ground_has_no_form():
+    noise = (torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2)) - 0.5) * 0.05
+    assert stretched_luminance(0.7 + noise, 16).eq(0).all()
+    assert stretched_luminance(0.7 + 10 * noise, 16).amax() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_slots_of_a_product_never_meet_before_they_are_quantised():

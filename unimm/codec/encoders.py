@@ -13,7 +13,7 @@ from unimm.nn.conv import LocalBlock, ResidualBlock, SpaceToChannels, check_chan
 from unimm.nn.positions import resized_table, sincos_2d
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
-FAINT = 0.1  # of the range [-1, 1]: a contrast that is not stretched any further
+FAINT = 0.1  # of the range [-1, 1]: a lower contrast is noise, such as a decoder leaves on a plain ground
 PALETTE_DIRECTIONS = 32
 
 
@@ -298,11 +298,12 @@ class FormAndPaletteEncoder(nn.Module):
 def stretched_luminance(pixel_values: torch.Tensor, patch: int) -> torch.Tensor:
     """Luminance `[B, 1, H, W]` of pixels in [-1, 1], linear from 0 at a cell's darkest pixel to 1 at its brightest.
 
-    A cell of one colour is 0 everywhere; contrasts below `FAINT` are dimmed rather than blown up.
+    A cell of one colour, or of a contrast below `FAINT`, is 0 everywhere.
     """
     luminance = torch.einsum("bchw,c->bhw", pixel_values, pixel_values.new_tensor(LUMINANCE))[:, None]
     brightest = F.max_pool2d(luminance, patch)
     darkest = -F.max_pool2d(-luminance, patch)
-    contrast = (brightest - darkest).clamp_min(FAINT)
-    scale, shift = (F.interpolate(cells, scale_factor=patch) for cells in (1 / contrast, darkest))
+    contrast = brightest - darkest
+    stretch = torch.where(contrast < FAINT, 0.0, 1 / contrast.clamp_min(FAINT))
+    scale, shift = (F.interpolate(cells, scale_factor=patch) for cells in (stretch, darkest))
     return (luminance - shift) * scale
