@@ -47,11 +47,6 @@ def test_a_grid_that_does_not_hold_the_codes_is_refused():
         VisualCodes(ids, torch.ones(1, 4, dtype=torch.bool), [(2, 3)])
 
 
-def test_single_size_refuses_several_codebooks():
-    with pytest.raises(ValueError, match="K = 2"):
-        _ = CodeSpec((8, 8), "grid", 4, 8).single_size
-
-
 def test_config_reads_overrides_and_round_trips(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("name: a\ninner: {lr: 2e-3, levels: [4, 4]}\n")

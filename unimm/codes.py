@@ -59,20 +59,6 @@ class CodeSpec:
         """Bits of one image of `max_length` positions."""
         return self.max_length * sum(math.log2(size) for size in self.sizes)
 
-    @property
-    def single_size(self) -> int:
-        """The one codebook size of a K = 1 codec.
-
-        Raises:
-            ValueError: the codec has no ids (K = 0) or several per position (K > 1).
-        """
-        if self.num_codebooks != 1:
-            raise ValueError(
-                f"This codec has K = {self.num_codebooks} codes per position; one id per position needs K = 1. "
-                "Use a codec with a single codebook."
-            )
-        return self.sizes[0]
-
 
 @dataclass
 class VisualCodes:

@@ -186,7 +186,6 @@ def test_special_rows_may_open_and_close_pictures():
     assert vocabulary.size == 128
     assert vocabulary.text_blocks == (slice(0, 100), slice(120, 124))
     assert vocabulary.is_visual(torch.tensor([99, 100, 119, 120, 123])).tolist() == [False, True, True, True, True]
-    assert vocabulary.is_code(torch.tensor([99, 100, 119, 120])).tolist() == [False, True, True, False]
     with pytest.raises(ValueError, match="special rows, 120 to 122"):
         VisualVocabulary(**options, boi_token_id=120, eoi_token_id=121, image_token_id=123, num_special_rows=3)
     with pytest.raises(ValueError, match="num_special_rows is -1"):

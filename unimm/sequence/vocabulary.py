@@ -118,10 +118,6 @@ class VisualVocabulary:
             raise ValueError(f"The last dimension of {tuple(like.shape)} must be the {self.num_codebooks} slots.")
         return like.new_tensor([block.start for block in self.blocks])
 
-    def is_code(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Where ids are codes, bool of the same shape."""
-        return (token_ids >= self.image_token_offset) & (token_ids < self.image_token_end)
-
     def is_visual(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Where ids are codes or special rows, bool of the same shape: what vision-only layers work on."""
         return token_ids >= self.image_token_offset
