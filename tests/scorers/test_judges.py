@@ -8,9 +8,9 @@ from conftest import needs_font
 from PIL import Image, ImageDraw, ImageFilter
 
 from unimm.data.worlds import EmojiWorld, ShapesWorld, WordsWorld
-from unimm.data.worlds.emoji import SINGLE_SIZE, catalog, world_glyphs
-from unimm.scorers.emoji import EmojiJudge
+from unimm.scorers.emoji import SINGLE_SIZE, EmojiJudge
 from unimm.scorers.facts import SceneFacts
+from unimm.scorers.glyphs import catalog, world_glyphs
 from unimm.scorers.scene import find_objects, verify_scene
 from unimm.scorers.word import read_word
 

@@ -155,9 +155,9 @@ def _export(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     import unimm
-    from unimm.data.worlds.emoji import NUM_GLYPHS
     from unimm.evaluation import evaluate_tiny
     from unimm.hub import write_card, write_repository
+    from unimm.scorers.glyphs import NUM_GLYPHS
 
     detokenizer = Path(arguments.detokenizer) if arguments.detokenizer else None
     folder = write_repository(Path(arguments.source), Path(arguments.target), detokenizer)

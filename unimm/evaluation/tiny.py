@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ from tqdm import tqdm
 
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.data.worlds import WORLDS, Example, parse_caption
-from unimm.data.worlds.emoji import SINGLE_SIZE, catalog, world_glyphs
 from unimm.evaluation.report import Figure, Report
 from unimm.evaluation.sheet import verdict_sheet
 from unimm.pipelines import UniMM
-from unimm.scorers.emoji import EmojiJudge
+from unimm.scorers.emoji import emoji_judge
 from unimm.scorers.facts import SceneFacts
 from unimm.scorers.reconstruction import psnr
 from unimm.scorers.scene import stands, verify_scene
@@ -52,11 +50,6 @@ class ReadingTask:
     target: float
     question: Callable[[Example], tuple[str, str]]
     judge: Callable[[str, str, SceneFacts], bool]
-
-
-@lru_cache(maxsize=1)
-def emoji_judge() -> EmojiJudge:
-    return EmojiJudge(catalog(), world_glyphs(), glyph_size=SINGLE_SIZE, picture_size=128)
 
 
 def _one_shape(image: Image.Image, facts: SceneFacts) -> bool:

@@ -12,10 +12,8 @@ from unimm.data.worlds.base import SIDE, Canvas, Example, World, two_places
 from unimm.data.worlds.captions import emoji_captions
 from unimm.scorers.emoji import SINGLE_SIZE
 from unimm.scorers.facts import RELATIONS, SceneFacts, SceneObject
-from unimm.scorers.glyphs import NUM_GLYPHS, Glyph, catalog, world_glyphs
+from unimm.scorers.glyphs import Glyph, catalog, world_glyphs
 from unimm.scorers.palette import GROUNDS
-
-__all__ = ["NUM_GLYPHS", "SINGLE_SIZE", "EmojiWorld", "catalog", "world_glyphs"]
 
 PAIR_SIZE, PAIR_LINES = 56, (32, 96)
 
