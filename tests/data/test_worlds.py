@@ -43,12 +43,12 @@ def test_every_shape_and_colour_is_seen_and_pairs_are_held_out():
     train, held_out = ShapesWorld(), ShapesWorld(split="held_out")
     seen = {
         (o.name, o.colour)
-        for i in range(2_000)
+        for i in range(4_000)
         for o in train.compose(np.random.default_rng(i), "single").facts.objects
     }
     unseen = {(o.name, o.colour) for i in range(300) for o in held_out.example(i).facts.objects}
-    assert len(HELD_OUT_PAIRS) == 12
-    assert len(seen) == 52
+    assert len(HELD_OUT_PAIRS) == 16
+    assert len(seen) == 240
     assert not seen & HELD_OUT_PAIRS
     assert unseen == HELD_OUT_PAIRS
 
@@ -106,3 +106,12 @@ def test_what_is_named_first_stands_first_where_no_relation_is_stated():
         (x0, y0), (x1, y1) = (thing.centre for thing in facts.objects)
         assert facts.relation is None
         assert (y0, x0) < (y1, x1)
+
+
+def test_two_shapes_are_described_in_reading_order_whatever_the_caption_says():
+    for index in range(80):
+        example = ShapesWorld(seed=6).example(index, category=("position", "binding")[index % 2])
+        stated = parse_caption(example.description)
+        (first, second) = example.facts.in_reading_order()
+        assert [thing.phrase for thing in stated.objects] == [first.phrase, second.phrase]
+        assert stated.relation == ("left of" if first.centre[1] == second.centre[1] else "above")

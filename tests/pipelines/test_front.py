@@ -94,7 +94,7 @@ def test_load_refuses_missing_and_extra_weights(tiny_folder, tmp_path):
 
 def test_a_repository_holds_what_the_hub_needs(tiny_folder, tiny, tmp_path):
     folder = write_repository(tiny_folder, tmp_path / "repository")
-    write_card(folder, "| figure |", num_emoji=384)
+    write_card(folder, "| figure |", num_shapes=16, num_colours=16, num_emoji=384)
     config = json.loads((folder / "config.json").read_text())
     assert all(isinstance(reference, str) for reference in config["auto_map"].values())
     assert "AutoProcessor" in json.loads((folder / "processor_config.json").read_text())["auto_map"]
@@ -119,7 +119,7 @@ def with_detokenizer(tiny_folder, tmp_path_factory):
 
 
 def test_both_decoders_draw_the_same_codes(with_detokenizer, tmp_path):
-    write_card(with_detokenizer, "| figure |", num_emoji=384)
+    write_card(with_detokenizer, "| figure |", num_shapes=16, num_colours=16, num_emoji=384)
     assert "in `detokenizer/`" in (with_detokenizer / "README.md").read_text()
     model = unimm.load(with_detokenizer)
     by_codec, by_diffusion, again = (

@@ -158,12 +158,14 @@ def _export(arguments: argparse.Namespace) -> None:
     from unimm.evaluation import evaluate_tiny
     from unimm.hub import write_card, write_repository
     from unimm.scorers.glyphs import NUM_GLYPHS
+    from unimm.scorers.outlines import SHAPES
+    from unimm.scorers.palette import COLOURS
 
     detokenizer = Path(arguments.detokenizer) if arguments.detokenizer else None
     folder = write_repository(Path(arguments.source), Path(arguments.target), detokenizer)
     limit = arguments.limit
     report = evaluate_tiny(unimm.load(folder), command=_measuring(limit), limit=limit, folder=folder)
-    write_card(folder, report.to_markdown(), num_emoji=NUM_GLYPHS)
+    write_card(folder, report.to_markdown(), num_shapes=len(SHAPES), num_colours=len(COLOURS), num_emoji=NUM_GLYPHS)
     print(report.to_markdown())
 
 

@@ -27,40 +27,49 @@ class TaskRates:
     null_prompt: float = 0.1
 
 
-def converse(
-    captions: Sequence[str], questions: Sequence[tuple[str, str]], rates: TaskRates, rng: np.random.Generator
-) -> list[Message]:
+@dataclass(frozen=True)
+class PictureTexts:
+    """What is said about one picture.
+
+    Args:
+        description: what a reader should say.
+        captions: what people may ask for who want it drawn.
+        questions: (question, answer) pairs.
+    """
+
+    description: str
+    captions: Sequence[str]
+    questions: Sequence[tuple[str, str]]
+
+
+def converse(texts: PictureTexts, rates: TaskRates, rng: np.random.Generator) -> list[Message]:
     """Messages about one picture, of a task drawn at random.
 
     Args:
-        captions: phrasings, the canonical one first.
-        questions: (question, answer) pairs.
+        texts: what there is to say.
         rates: shares of the tasks.
         rng: decides the task and the words.
     """
     weights = np.array([rates.draw, rates.read, rates.show])
     task = (_draw, _read, _show)[rng.choice(3, p=weights / weights.sum())]
-    return task(captions, questions, rates, rng)
+    return task(texts, rates, rng)
 
 
 def drawing_request(caption: str, rng: np.random.Generator) -> str:
     return _pick(DRAW_PHRASES, rng).format(caption)
 
 
-def _draw(
-    captions: Sequence[str], questions: Sequence[tuple[str, str]], rates: TaskRates, rng: np.random.Generator
-) -> list[Message]:
+def _draw(texts: PictureTexts, rates: TaskRates, rng: np.random.Generator) -> list[Message]:
     if rng.random() < rates.null_prompt:
         return [_user(""), _assistant([PICTURE])]
-    return [_user(drawing_request(_pick(captions, rng), rng)), _assistant([PICTURE])]
+    return [_user(drawing_request(_pick(texts.captions, rng), rng)), _assistant([PICTURE])]
 
 
-def _read(
-    captions: Sequence[str], questions: Sequence[tuple[str, str]], rates: TaskRates, rng: np.random.Generator
-) -> list[Message]:
-    """One picture, then several turns about it, so that its codes are paid for once."""
-    turns = [(_pick(DESCRIBE_PHRASES, rng), captions[0]), *questions]
-    order = rng.permutation(len(turns))[: MAX_QUESTIONS + 1]
+def _read(texts: PictureTexts, rates: TaskRates, rng: np.random.Generator) -> list[Message]:
+    """One picture, then its description and several questions in any order, so that its codes are paid for once."""
+    asked = [texts.questions[index] for index in rng.permutation(len(texts.questions))[:MAX_QUESTIONS]]
+    turns = [(_pick(DESCRIBE_PHRASES, rng), texts.description), *asked]
+    order = rng.permutation(len(turns))
     messages: list[Message] = []
     for place, index in enumerate(order):
         question, answer = turns[index]
@@ -69,17 +78,15 @@ def _read(
     return messages
 
 
-def _show(
-    captions: Sequence[str], questions: Sequence[tuple[str, str]], rates: TaskRates, rng: np.random.Generator
-) -> list[Message]:
+def _show(texts: PictureTexts, rates: TaskRates, rng: np.random.Generator) -> list[Message]:
     """Text, a picture and text in one answer, then a question about what was drawn."""
     answer = [
         {"type": "text", "text": "here you are: "},
         PICTURE,
-        {"type": "text", "text": f"this is {captions[0]}."},
+        {"type": "text", "text": f"this is {texts.description}."},
     ]
-    question, reply = questions[int(rng.integers(len(questions)))]
-    request = _pick(SHOW_PHRASES, rng).format(_pick(captions, rng))
+    question, reply = texts.questions[int(rng.integers(len(texts.questions)))]
+    request = _pick(SHOW_PHRASES, rng).format(_pick(texts.captions, rng))
     return [_user(request), _assistant(answer), _user(question), _assistant(reply)]
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from unimm.codec import VisualCodecModel
 from unimm.codes import VisualCodes
+from unimm.data.conversations import PictureTexts
 from unimm.data.pictures import Mixture, to_pixel_values
 from unimm.files import atomic_write
 
@@ -28,6 +29,7 @@ FEATURES = Features(
         "codes": List(List(Value("uint32"))),
         "height": Value("int32"),
         "width": Value("int32"),
+        "description": Value("string"),
         "captions": List(Value("string")),
         "questions": List(List(Value("string"))),
         "facts": Value("string"),
@@ -94,6 +96,11 @@ def row_codes(row: dict) -> VisualCodes:
     return VisualCodes.from_grid(ids.view(1, row["height"], row["width"], -1))
 
 
+def row_texts(row: dict) -> PictureTexts:
+    """What is said about the picture of a row."""
+    return PictureTexts(row["description"], row["captions"], [tuple(pair) for pair in row["questions"]])
+
+
 def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], fingerprint: str) -> list[dict]:
     examples = [mixture.example(index) for index in indices]
     pixels = to_pixel_values(np.stack([np.asarray(example.image) for _, example in examples]))
@@ -104,6 +111,7 @@ def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], f
             "codes": codes.ids[position].tolist(),
             "height": codes.grid[position][0],
             "width": codes.grid[position][1],
+            "description": example.description,
             "captions": list(example.captions),
             "questions": [list(pair) for pair in example.questions],
             "facts": example.facts.to_json(),

@@ -20,7 +20,7 @@ PROMPTS = (
     "three blue hearts",
     "a red heart above a blue star",
     "a yellow square left of a purple ring",
-    "a pink triangle and a black diamond",
+    "a green circle and a black star",
     "pizza",
     'the word "CAKE" in red',
 )

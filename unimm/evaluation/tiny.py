@@ -105,7 +105,7 @@ READING = (
         "shapes",
         "position",
         0.95,
-        lambda example: ("describe the picture", example.captions[0]),
+        lambda example: ("describe the picture", example.description),
         _states_facts,
     ),
     ReadingTask("count", "shapes", "count", 0.95, _ask("how many"), _equal),

@@ -40,9 +40,10 @@ Prompts are what it was trained on: `a red circle`, `three blue stars`, `a green
 
 ## What it knows
 
-Three rendered worlds: eight shapes in eight colours (alone, counted, in relations, side by side), {num_emoji} emoji
-of Noto Color Emoji by their Unicode names, and words of one to four capital letters. It knows nothing else: no
-photographs, no general language. It was trained from nothing on two CPU cores with the recipes in `recipes/tiny/`.
+Three rendered worlds: {num_shapes} shapes in {num_colours} colours (alone, counted, in relations, side by side),
+{num_emoji} emoji of Noto Color Emoji by their Unicode names, and words of one to four capital letters. It knows
+nothing else: no photographs, no general language. It was trained from nothing on two CPU cores with the recipes in
+`recipes/tiny/`.
 
 ## Measured
 
@@ -59,7 +60,7 @@ steps, where the codec's own decoder takes one pass: `model.generate(prompt, dif
 are still softer than those of the codec's decoder."""
 
 
-def write_card(folder: Path, report_markdown: str, *, num_emoji: int) -> None:
+def write_card(folder: Path, report_markdown: str, *, num_shapes: int, num_colours: int, num_emoji: int) -> None:
     """Write `README.md` of a repository from its config, its weights and its measured report."""
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]
@@ -70,6 +71,8 @@ def write_card(folder: Path, report_markdown: str, *, num_emoji: int) -> None:
         width=text["hidden_size"],
         parameters=f"{count_weights(folder / 'model.safetensors'):,}",
         detokenizer=DETOKENIZER.format(parameters=f"{count_weights(denoiser):,}") if denoiser.exists() else "",
+        num_shapes=num_shapes,
+        num_colours=num_colours,
         num_emoji=num_emoji,
         report=report_markdown,
     )

@@ -8,7 +8,7 @@ from PIL import Image
 
 from unimm.rewards.base import Drawing, Reward
 from unimm.scorers.facts import SceneFacts
-from unimm.scorers.scene import NO_SHAPE, find_objects, has_clean_border, match_objects, stands, verify_scene
+from unimm.scorers.scene import NO_SHAPE, find_objects, match_objects, stands, verify_scene
 
 
 def is_shapes_scene(facts: SceneFacts) -> bool:
@@ -21,7 +21,7 @@ def scene_parts(image: Image.Image, facts: SceneFacts) -> dict[str, float]:
     Everything is divided by the larger of the found and the wanted number, blobs count as objects too many, and a
     picture whose ground is not plain shows nothing, so that neither noise nor a picture full of shapes earns marks.
     """
-    found = find_objects(image) if has_clean_border(image) else []
+    found = find_objects(image)
     wanted = facts.objects
     blobs = sum(thing.shape == NO_SHAPE for thing in found)
     miscounted = abs(len(found) - blobs - len(wanted)) + blobs

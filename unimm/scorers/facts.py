@@ -48,6 +48,15 @@ class SceneFacts:
     ink: str | None = None
     ground: str = "white"
 
+    def in_reading_order(self) -> tuple[SceneObject, ...]:
+        """The objects from top to bottom, then from left to right."""
+        return tuple(sorted(self.objects, key=lambda thing: (thing.centre[1], thing.centre[0])))
+
+    @property
+    def runs_across(self) -> bool:
+        """Whether the objects stand beside each other rather than on top of each other."""
+        return len({thing.centre[1] for thing in self.objects}) == 1
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
 

@@ -1,4 +1,4 @@
-"""Eight outlines as antialiased coverage masks: what the renderer fills and what the judge compares with."""
+"""Sixteen outlines as antialiased coverage masks: what the renderer fills and what the judge compares with."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ OUTLINES: dict[str, Inside] = {
     "heart": _heart,
     "cross": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) <= 0.3) & (np.maximum(np.abs(x), np.abs(y)) <= 0.92),
     "ring": lambda x, y: (x**2 + y**2 <= 0.95**2) & (x**2 + y**2 >= 0.52**2),
+    "moon": lambda x, y: (x**2 + y**2 <= 0.95**2) & ((x - 0.5) ** 2 + y**2 >= 0.8**2),
+    "arrow": _polygon(
+        [(0.95, 0.0), (0.1, -0.85), (0.1, -0.32), (-0.95, -0.32), (-0.95, 0.32), (0.1, 0.32), (0.1, 0.85)]
+    ),
+    "hourglass": _polygon([(-0.85, -0.9), (0.85, -0.9), (0.2, 0.0), (0.85, 0.9), (-0.85, 0.9), (-0.2, 0.0)]),
+    "frame": lambda x, y: (np.maximum(np.abs(x), np.abs(y)) <= 0.85) & (np.maximum(np.abs(x), np.abs(y)) >= 0.45),
+    "crown": _polygon(
+        [(-0.92, 0.75), (-0.92, -0.75), (-0.45, -0.05), (0.0, -0.85), (0.45, -0.05), (0.92, -0.75), (0.92, 0.75)]
+    ),
+    "bolt": _polygon([(0.25, -0.95), (-0.7, 0.15), (-0.1, 0.15), (-0.3, 0.95), (0.7, -0.25), (0.05, -0.25)]),
+    "house": _polygon(
+        [(0.0, -0.95), (0.95, -0.1), (0.62, -0.1), (0.62, 0.85), (-0.62, 0.85), (-0.62, -0.1), (-0.95, -0.1)]
+    ),
+    "tree": _polygon([(0.0, -0.95), (0.8, 0.4), (0.2, 0.4), (0.2, 0.92), (-0.2, 0.92), (-0.2, 0.4), (-0.8, 0.4)]),
 }
 SHAPES = tuple(OUTLINES)
 

@@ -74,7 +74,9 @@ def has_clean_border(image: Image.Image) -> bool:
 
 
 def find_objects(image: Image.Image) -> list[FoundObject]:
-    """Every object of at least 60 pixels."""
+    """Every object of at least 60 pixels; none where the ground is not plain, so that noise shows nothing."""
+    if not has_clean_border(image):
+        return []
     pixels = np.asarray(image.convert("RGB"))
     labels, _ = ndimage.label(foreground(image), structure=np.ones((3, 3)))
     found = []

@@ -26,7 +26,7 @@ from transformers import (
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
 from unimm.data.conversations import TaskRates, converse
 from unimm.data.pictures import to_pictures
-from unimm.data.rows import read_rows, row_codes, write_rows
+from unimm.data.rows import read_rows, row_codes, row_texts, write_rows
 from unimm.files import atomic_directory
 from unimm.sequence import UniMMProcessor, train_text_tokenizer
 from unimm.training.adapter import AdapterConfig, lora_config, merge_adapter
@@ -129,7 +129,7 @@ class ConversationDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         rng = np.random.default_rng([self.recipe.run.seed, 1, index])
         row = self.rows[int(rng.integers(len(self.rows)))]
-        messages = converse(row["captions"], row["questions"], self.recipe.tasks, rng)
+        messages = converse(row_texts(row), self.recipe.tasks, rng)
         encoded = self.processor.encode_messages(messages, [row_codes(row)], answers_only=self.recipe.answers_only)
         return {"input_ids": encoded.input_ids, "labels": encoded.labels}
 
@@ -370,9 +370,10 @@ def texts_of(rows: Dataset) -> Iterator[str]:
     rng = np.random.default_rng(0)
     for index in rng.permutation(len(rows))[:TEXT_SAMPLES].tolist():
         row = rows[index]
-        yield from row["captions"]
+        texts = row_texts(row)
+        yield from texts.captions
         for _ in range(2):
-            for message in converse(row["captions"], row["questions"], TaskRates(), rng):
+            for message in converse(texts, TaskRates(), rng):
                 content = message["content"]
                 parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
                 yield from (part["text"] for part in parts if part["type"] == "text")

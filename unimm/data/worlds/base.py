@@ -24,6 +24,7 @@ class Example:
         image: RGB, `SIDE` x `SIDE`.
         facts: the ground truth.
         category: what the example exercises, one of the world's `categories`.
+        description: what a reader should say; it follows from the pixels alone, so that there is one right answer.
         captions: phrasings of the facts; the first is canonical and every one is read back by `parse_caption`.
         questions: (question, answer) pairs about the picture.
     """
@@ -31,6 +32,7 @@ class Example:
     image: Image.Image
     facts: SceneFacts
     category: str
+    description: str
     captions: tuple[str, ...]
     questions: tuple[tuple[str, str], ...]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from unimm.scorers.facts import OPPOSITES, RELATIONS, SceneFacts, SceneObject
 from unimm.scorers.outlines import SHAPES
@@ -38,6 +39,13 @@ def shape_captions(facts: SceneFacts) -> tuple[str, ...]:
     return (both, f"one {first.phrase} and one {second.phrase}", f"a picture of {both}")
 
 
+def shape_description(facts: SceneFacts) -> str:
+    """What a reader should say of a shapes scene."""
+    if len({thing.phrase for thing in facts.objects}) == 1:
+        return shape_captions(facts)[0]
+    return pair_description([with_article(thing.phrase) for thing in facts.in_reading_order()], facts.runs_across)
+
+
 def pair_captions(one: str, other: str, relation: str) -> tuple[str, ...]:
     """Phrasings of a relation; the second says the same from the other side."""
     words = {"left of": "to the left of", "right of": "to the right of"}.get(relation, relation)
@@ -47,6 +55,18 @@ def pair_captions(one: str, other: str, relation: str) -> tuple[str, ...]:
         f"{one} {words} {other}",
         f"a picture of {one} {relation} {other}",
     )
+
+
+def pair_description(phrases: Sequence[str], across: bool) -> str:
+    """Two things in reading order that stand across or down the picture."""
+    return (" left of " if across else " above ").join(phrases)
+
+
+def emoji_description(facts: SceneFacts) -> str:
+    """What a reader should say of an emoji scene."""
+    if len(facts.objects) == 1:
+        return emoji_captions(facts)[0]
+    return pair_description([thing.name for thing in facts.in_reading_order()], facts.runs_across)
 
 
 def emoji_captions(facts: SceneFacts) -> tuple[str, ...]:

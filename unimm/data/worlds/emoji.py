@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from unimm.data.worlds.base import SIDE, Canvas, Example, World, two_places
-from unimm.data.worlds.captions import emoji_captions
+from unimm.data.worlds.captions import emoji_captions, emoji_description
 from unimm.scorers.emoji import SINGLE_SIZE
 from unimm.scorers.facts import RELATIONS, SceneFacts, SceneObject
 from unimm.scorers.glyphs import Glyph, catalog, world_glyphs
@@ -44,7 +44,9 @@ class EmojiWorld(World):
 
     def compose(self, rng: np.random.Generator, category: str) -> Example:
         facts = self._one(rng) if category == "emoji" else self._two(rng)
-        return Example(render(facts), facts, category, emoji_captions(facts), questions(facts))
+        return Example(
+            render(facts), facts, category, emoji_description(facts), emoji_captions(facts), questions(facts)
+        )
 
     def _name(self, rng: np.random.Generator) -> str:
         glyphs = world_glyphs()

@@ -1,4 +1,4 @@
-"""Shapes: one, several alike, two in a relation, two side by side, in eight outlines and eight colours."""
+"""Shapes: one, several alike, two in a relation, two side by side, in sixteen outlines and sixteen colours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from unimm.data.worlds.base import Canvas, Example, World, pick_ground, two_places
-from unimm.data.worlds.captions import NUMBERS, PLURALS, shape_captions, with_article
+from unimm.data.worlds.captions import NUMBERS, PLURALS, shape_captions, shape_description, with_article
 from unimm.scorers.facts import OPPOSITES, RELATIONS, SceneFacts, SceneObject
 from unimm.scorers.outlines import SHAPES, coverage
 from unimm.scorers.palette import COLOURS
@@ -17,19 +17,16 @@ PAIR_SIZE, PAIR_LINES, PAIR_MIDDLES = 44, (24, 104), (56, 72)
 COUNT_SIZE, COUNT_LINES = 28, (16, 64, 112)  # centres of the 3 x 3 layout that counted objects stand on
 
 _PAIRS = [(shape, colour) for shape in SHAPES for colour in COLOURS]
-# Twelve of the 64 pairs: at most two of any shape or colour, so every part of a held-out pair is well known.
+# Sixteen of the 256 pairs, one for every shape and every colour, so that every part of a held-out pair is well known.
 HELD_OUT_PAIRS = frozenset(
-    (shape, list(COLOURS)[(3 * row + 5 * turn) % len(COLOURS)])
-    for turn, rows in enumerate((range(8), range(0, 8, 2)))
-    for row, shape in enumerate(SHAPES)
-    if row in rows
+    zip(SHAPES, (list(COLOURS)[(5 * turn + 3) % len(COLOURS)] for turn in range(len(SHAPES))), strict=True)
 )
 _SEEN_PAIRS = [pair for pair in _PAIRS if pair not in HELD_OUT_PAIRS]
 _UNSEEN_PAIRS = [pair for pair in _PAIRS if pair in HELD_OUT_PAIRS]
 
 
 class ShapesWorld(World):
-    """`held_out` scenes have a held-out pair as their first object or, in `binding`, as both."""
+    """Every object of a `held_out` scene is of a held-out pair, every object of a `train` scene of another."""
 
     categories = {"single": 0.2, "count": 0.3, "position": 0.25, "binding": 0.25}
 
@@ -37,8 +34,11 @@ class ShapesWorld(World):
         scene = {"single": self._single, "count": self._count, "position": self._two, "binding": self._two}[category]
         facts = scene(rng)
         if category == "binding":
-            facts = SceneFacts(in_reading_order(facts.objects), ground=facts.ground)
-        return Example(render(facts), facts, category, shape_captions(facts), questions(facts))
+            # Where no relation is stated, what is named first stands first.
+            facts = SceneFacts(facts.in_reading_order(), ground=facts.ground)
+        return Example(
+            render(facts), facts, category, shape_description(facts), shape_captions(facts), questions(facts)
+        )
 
     def _pair(self, rng: np.random.Generator) -> tuple[str, str]:
         pool = _UNSEEN_PAIRS if self.held_out else _SEEN_PAIRS
@@ -69,11 +69,6 @@ class ShapesWorld(World):
             for (shape, colour), place in zip((first, second), places, strict=True)
         )
         return SceneFacts(objects, relation, ground=pick_ground(rng))
-
-
-def in_reading_order(objects: tuple[SceneObject, ...]) -> tuple[SceneObject, ...]:
-    """From top to bottom, then from left to right: where no relation is stated, what is named first stands first."""
-    return tuple(sorted(objects, key=lambda thing: (thing.centre[1], thing.centre[0])))
 
 
 def render(facts: SceneFacts) -> Image.Image:

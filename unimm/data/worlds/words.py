@@ -33,7 +33,8 @@ class WordsWorld(World):
             word = self._word(rng)
         ink = list(COLOURS)[rng.integers(len(COLOURS))]
         facts = SceneFacts(word=word, ink=ink, ground="white")
-        return Example(render(facts), facts, category, word_captions(facts), questions(facts))
+        captions = word_captions(facts)
+        return Example(render(facts), facts, category, captions[0], captions, questions(facts))
 
     def _word(self, rng: np.random.Generator) -> str:
         pattern = PATTERNS[rng.integers(len(PATTERNS))]
