@@ -61,9 +61,7 @@ class SceneVerdict:
 def foreground(image: Image.Image) -> np.ndarray:
     """Where the picture differs from its border's median colour, bool `[H, W]`."""
     lab = to_lab(np.asarray(image.convert("RGB")))
-    edges = (lab[:BORDER], lab[-BORDER:], lab[:, :BORDER], lab[:, -BORDER:])
-    ground = np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
-    return np.linalg.norm(lab - ground, axis=-1) > FOREGROUND_DISTANCE
+    return np.linalg.norm(lab - _border_median(lab), axis=-1) > FOREGROUND_DISTANCE
 
 
 def has_clean_border(image: Image.Image) -> bool:
@@ -77,17 +75,21 @@ def find_objects(image: Image.Image) -> list[FoundObject]:
     """Every object of at least 60 pixels; none where the ground is not plain, so that noise shows nothing."""
     if not has_clean_border(image):
         return []
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    ground = _border_median(pixels)
     labels, _ = ndimage.label(foreground(image), structure=np.ones((3, 3)))
     found = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
-        mask = labels[box] == index
-        if mask.sum() < MIN_AREA:
+        tinted = labels[box] == index
+        if tinted.sum() < MIN_AREA:
             continue
-        interior = ndimage.binary_erosion(mask, iterations=2)
-        colour = np.median(pixels[box][interior if interior.any() else mask], axis=0)
-        centre = ((box[1].start + box[1].stop) / 2, (box[0].start + box[0].stop) / 2)
-        found.append(FoundObject(_nearest_shape(mask), nearest_colour(colour), centre))
+        interior = ndimage.binary_erosion(tinted, iterations=2)
+        colour = np.median(pixels[box][interior if interior.any() else tinted], axis=0)
+        step = colour - ground
+        share = tinted * np.clip((pixels[box] - ground) @ step / (step @ step), 0, 1)  # of a pixel that is covered
+        rows, columns = _extent(share)
+        centre = (box[1].start + (columns.start + columns.stop) / 2, box[0].start + (rows.start + rows.stop) / 2)
+        found.append(FoundObject(_nearest_shape(share[rows, columns]), nearest_colour(colour), centre))
     return found
 
 
@@ -127,26 +129,34 @@ def stands(one: tuple[float, float], other: tuple[float, float], relation: str) 
     return dx * across > abs(dy) if across else dy * down > abs(dx)
 
 
-def _nearest_shape(mask: np.ndarray) -> str:
-    boxed = _to_template(mask)
+def _border_median(pixels: np.ndarray) -> np.ndarray:
+    edges = (pixels[:BORDER], pixels[-BORDER:], pixels[:, :BORDER], pixels[:, -BORDER:])
+    return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
+
+
+def _nearest_shape(share: np.ndarray) -> str:
+    boxed = _to_template(share)
     overlaps = [
         np.minimum(boxed, template).sum() / np.maximum(boxed, template).sum() for template in _shape_templates()
     ]
     best = int(np.argmax(overlaps))
-    return SHAPES[best] if overlaps[best] >= 1 - TOLERANCE / max(mask.shape) else NO_SHAPE
+    return SHAPES[best] if overlaps[best] >= 1 - TOLERANCE / max(share.shape) else NO_SHAPE
 
 
 @lru_cache(maxsize=1)
 def _shape_templates() -> tuple[np.ndarray, ...]:
-    return tuple(_to_template(_crop(coverage(shape, 64) > 0.5)) for shape in SHAPES)
+    shares = [coverage(shape, 64) for shape in SHAPES]
+    return tuple(_to_template(share[_extent(share)]) for share in shares)
 
 
-def _crop(mask: np.ndarray) -> np.ndarray:
+def _extent(share: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the smallest box around what is covered by more than half."""
+    mask = share > 0.5
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def _to_template(mask: np.ndarray) -> np.ndarray:
-    """A box's mask at template size, keeping its proportions' stretch to the square."""
-    image = Image.fromarray((mask * 255).astype(np.uint8)).resize((TEMPLATE_SIDE, TEMPLATE_SIDE), Image.Resampling.BOX)
+def _to_template(share: np.ndarray) -> np.ndarray:
+    """A box's coverage at template size, keeping its proportions' stretch to the square."""
+    image = Image.fromarray((share * 255).astype(np.uint8)).resize((TEMPLATE_SIDE, TEMPLATE_SIDE), Image.Resampling.BOX)
     return np.asarray(image, dtype=np.float32) / 255
