@@ -32,6 +32,13 @@ def test_draw_is_batched_and_repeatable(unimm_tiny):
     assert replies[0].images[0].size == (32, 32)
 
 
+def test_the_stock_loop_draws_the_same(unimm_tiny):
+    ours, stock = (
+        unimm_tiny.generate(["a star", "circles"], guidance=2.0, temperature=0, stock=stock) for stock in (False, True)
+    )
+    assert [r.images[0].tobytes() for r in ours] == [r.images[0].tobytes() for r in stock]
+
+
 def test_understand_and_chat_answer(unimm_tiny):
     image = Image.new("RGB", (50, 50), "blue")
     assert not unimm_tiny.understand(image)[0].images

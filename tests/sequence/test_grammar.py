@@ -77,6 +77,22 @@ def test_masks_equal_the_slow_machine(name):
     check()
 
 
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_states_ahead_hold_whatever_follows(name):
+    grammar = GRAMMARS[name]
+
+    @given(legal_walks(grammar))
+    @settings(max_examples=60, deadline=None)
+    def check(ids):
+        states = grammar.states(torch.tensor([ids]))[0].tolist()
+        for position in range(len(ids)):
+            ahead = grammar.ahead(ids[: position + 1])
+            assert ahead[: len(ids) - position] == states[position : position + len(ahead)]
+
+    check()
+    assert FIXED.ahead([4, 1]) == [*[FIXED.states(torch.tensor([[1]])).item()] * 4, FIXED.num_states - 1]
+
+
 @given(st.sampled_from([(1, 2), (2, 2), (1, 3)]), st.data())
 @settings(max_examples=40, deadline=None)
 def test_build_and_parse_round_trip(grid, data):

@@ -1,4 +1,4 @@
-"""`generate` with the grammar always on and guidance batched: small overrides around the stock loop."""
+"""`generate` with the grammar always on and guidance batched: small overrides around the stock loop, and the engine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,36 @@ import copy
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from unimm.generation.engine import Decoder, Engine, Unconditional, is_covered, pad_left
 from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
 
 GENERATION_MODES = (None, "text", "image")
+OWN_ARGUMENTS = ("guidance", "stock")
+# Prompts in another form than ids, and caches that the caller holds, are for the stock loop.
+STOCK_ARGUMENTS = ("past_key_values", "position_ids", "inputs_embeds", "image_positions")
 
 
 class UniMMGenerationMixin(GenerationMixin):
     """For models whose config has `grammar`, `vocabulary` and `null_prompt_ids`."""
+
+    def decoder(self) -> Decoder | None:
+        """A fresh decoder for the engine; None where the model can only take the stock loop."""
+        return None
+
+    def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Ids with the codes of the pictures in place of placeholders."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def generate(
@@ -25,15 +46,21 @@ class UniMMGenerationMixin(GenerationMixin):
         guidance_scale: float | torch.Tensor | None = None,
         negative_prompt_ids: torch.Tensor | None = None,
         generation_mode: str | None = None,
+        stock: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Generate text and pictures; the arguments of transformers' `generate`, and these.
+
+        Greedy and sampled answers come from the `Engine` where it covers the model, the processors and the criteria,
+        and from the stock loop elsewhere: the same ids under greedy decoding, the same distribution under sampling.
+        The engine returns no cache.
 
         Args:
             guidance_scale: strength of guidance inside pictures, or one per sample `[B]`; 1 or None turns it off.
             negative_prompt_ids: what to steer away from, `[B, U]`, padded on the left; the empty request by default.
             generation_mode: `image` opens a picture at once and stops at its end, `text` opens none, None lets the
                 model decide.
+            stock: take the stock loop in any case.
 
         Raises:
             ValueError: an unknown mode, or guidance with beam search, assisted or prompt-lookup decoding.
@@ -45,6 +72,7 @@ class UniMMGenerationMixin(GenerationMixin):
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
         config.guidance_scale = None
+        kwargs["stock"] = stock or any(kwargs.get(name) is not None for name in STOCK_ARGUMENTS)
         input_ids = kwargs.pop("input_ids", inputs)
         vocabulary = self.config.vocabulary
         if generation_mode == "text":
@@ -71,6 +99,59 @@ class UniMMGenerationMixin(GenerationMixin):
             guidance=guidance,
             **kwargs,
         )
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS})
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        stock = model_kwargs.pop("stock")
+        config = generation_config
+        recorded = config.output_attentions or config.output_hidden_states or config.output_logits
+        choices = config.cache_implementation is not None or not config.use_cache or config.compile_config is not None
+        free = not (stock or synced_gpus or self.training or recorded or choices)
+        decoder = self.decoder() if free and is_covered(logits_processor, stopping_criteria) else None
+        if decoder is None:
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        mask = model_kwargs.get("attention_mask")
+        negative, negative_mask = model_kwargs.get("unconditional_ids"), model_kwargs.get("unconditional_mask")
+        ends = [token for criterion in stopping_criteria for token in _stop_ids(criterion)]
+        engine = Engine(
+            decoder,
+            self.config.grammar,
+            logits_processor,
+            do_sample=bool(config.do_sample),
+            pad_token_id=self.config.vocabulary.pad_token_id,
+            stop_ids=frozenset(ends),
+        )
+        drawn = engine.generate(
+            input_ids,
+            self.placed(input_ids, model_kwargs.get("pixel_values")),
+            torch.ones_like(input_ids) if mask is None else mask,
+            None if negative is None or negative_mask is None else Unconditional(negative, negative_mask),
+            max_length=config.max_length,
+            streamer=streamer,
+            keep_scores=bool(config.return_dict_in_generate and config.output_scores),
+        )
+        if not config.return_dict_in_generate:
+            return drawn.sequences
+        return GenerateDecoderOnlyOutput(sequences=drawn.sequences, scores=drawn.scores)
 
     def _refuse_unguidable(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         beams, lookup = config.num_beams or 1, config.prompt_lookup_num_tokens
@@ -143,9 +224,8 @@ class UniMMGenerationMixin(GenerationMixin):
         return model_kwargs
 
 
-def pad_left(rows: torch.Tensor, length: int, value: int) -> torch.Tensor:
-    """`[B, T]` to `[B, length]`."""
-    return torch.nn.functional.pad(rows, (length - rows.shape[1], 0), value=value)
+def _stop_ids(criterion: StoppingCriteria) -> list[int]:
+    return criterion.eos_token_id.tolist() if isinstance(criterion, EosTokenCriteria) else []
 
 
 def append_token(

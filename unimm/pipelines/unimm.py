@@ -100,6 +100,7 @@ class UniMM:
         temperature: float | None = None,
         top_p: float | None = None,
         diffusion_steps: int = 0,
+        stock: bool = False,
     ) -> list[Reply]:
         """Draw: `n` replies of one picture each per prompt, prompt by prompt.
 
@@ -111,6 +112,7 @@ class UniMM:
             temperature, top_p: of sampling; temperature 0 is greedy. None of the three: as the model's generation
                 config says.
             diffusion_steps: 0 decodes by the codec in one pass; 4 to 20 draw by the diffusion detokenizer.
+            stock: by the stock loop of transformers instead of the engine.
 
         Raises:
             ValueError: an empty prompt, one that is longer than the model takes, or no detokenizer for diffusion steps.
@@ -119,7 +121,15 @@ class UniMM:
         if not listed or not all(prompt.strip() for prompt in listed):
             raise ValueError("The prompt is empty; say what to draw, for example 'a red heart'.")
         requests = [[{"role": "user", "content": prompt}] for prompt in listed for _ in range(n)]
-        rows = self._answer(requests, seed=seed, mode="image", guidance=guidance, temperature=temperature, top_p=top_p)
+        rows = self._answer(
+            requests,
+            seed=seed,
+            mode="image",
+            guidance=guidance,
+            temperature=temperature,
+            top_p=top_p,
+            stock=stock,
+        )
         return self._replies(rows, diffusion_steps=diffusion_steps, seed=seed)
 
     def understand(
@@ -171,6 +181,7 @@ class UniMM:
         guidance: float | None,
         temperature: float | None,
         top_p: float | None,
+        stock: bool = False,
     ) -> list[list[int]]:
         """Generated ids of every conversation, the picture's opening included."""
         inputs = self._inputs(conversations)
@@ -183,6 +194,7 @@ class UniMM:
             **inputs.to(self.model.device),
             generation_mode=mode,
             guidance_scale=guidance,
+            stock=stock,
             **{name: value for name, value in sampling.items() if value is not None},
         )
         return output[:, inputs["input_ids"].shape[1] :].tolist()

@@ -12,8 +12,10 @@ machine serves generation, the scoring of sampled answers, and packed rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 
 import torch
 
@@ -128,6 +130,28 @@ class SpanGrammar:
             after = torch.where(here, state, after)
         after = torch.where(after == self.num_states, self.num_states - 1, after)
         return torch.where(opened, after, 0)
+
+    def ahead(self, ids: Sequence[int]) -> list[int]:
+        """The state after `ids`, and those that follow whatever the ids to come are.
+
+        Inside a picture of known size that is the rest of it; where the next id decides, it is one state.
+        """
+        vocabulary = self.vocabulary
+        ends = (vocabulary.boi_token_id, vocabulary.eoi_token_id)
+        since = next((back for back, token in enumerate(reversed(ids)) if token in ends), None)
+        if since is None or ids[-1 - since] == vocabulary.eoi_token_id:
+            return [0]
+        after = tuple(ids[len(ids) - since :])
+        shape = next((s for s in self.shapes if after[: len(s.prefix)] == s.prefix), None)
+        if shape is None:
+            return [self._nodes.get(after, self.num_states - 1)]
+        states: list[int] = []
+        for seen in count(len(after) - len(shape.prefix)):
+            positions, slot = divmod(seen, vocabulary.num_codebooks)
+            if not slot and positions >= shape.min_positions:
+                return [*states, self.num_states - (1 if positions >= shape.max_positions else 2)]
+            states.append(self._slot_state + slot)
+        raise AssertionError("a picture has an end")
 
     def allowed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Legal next ids, bool `[B, V]`, after ids `[B, T]`."""

@@ -17,6 +17,7 @@ from unimm.codes import VisualCodes
 from unimm.generation import UniMMGenerationMixin
 from unimm.sequence import ImageSpan, UniMMProcessor
 from unimm.unified.configuration import UniMMConfig
+from unimm.unified.decoder import CachedDecoder, is_covered
 from unimm.unified.losses import factored_cross_entropy
 from unimm.unified.rows import code_rows, extend_rows
 from unimm.unified.vision_layers import ModalityNorm, add_vision_layers, later_layers, split_norm
@@ -273,6 +274,14 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         )
         result.loss, result.text_loss, result.image_loss = factored.loss, factored.text_loss, factored.image_loss
         return result
+
+    def decoder(self) -> CachedDecoder | None:
+        """A fresh decoder for one batch; None for families of bodies that it does not cover."""
+        return CachedDecoder(self) if is_covered(self.config.text_config) else None
+
+    def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Ids with the codes of the pictures in place of placeholders; see `UniMMModel.place_pictures`."""
+        return input_ids if pixel_values is None else self.model.place_pictures(input_ids, pixel_values)
 
     def decode_image_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Pixels `[pictures, 3, H, W]` in [-1, 1] of every whole picture in a generated sequence `[T]` or `[1, T]`.

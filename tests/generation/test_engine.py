@@ -1,0 +1,277 @@
+"""The engine against the stock loop: the same ids, the same scores, the same distribution."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+from unimm import UniMMForConditionalGeneration
+from unimm.generation import engine
+from unimm.sequence import VisualVocabulary
+from unimm.training.policy import SamplingPolicy
+from unimm.unified import UniMMConfig
+
+BOI, EOI, PAD, END = 1, 2, 0, 4
+TEXT_ROWS, SCALE = 120, 2.5
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, {"attention_bias": True}),
+    "mistral": (MistralConfig, {"sliding_window": None, "head_dim": 16}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+}
+FIXED = [{"grid": [2, 3], "prefix": [], "min_positions": 6, "max_positions": 6}]
+SIZED = [
+    {"grid": [1, 2], "prefix": [9, 10], "min_positions": 2, "max_positions": 2},
+    {"grid": [2, 2], "prefix": [9, 11], "min_positions": 4, "max_positions": 4},
+]
+NESTED = [{"grid": None, "prefix": [], "min_positions": 2, "max_positions": 5}]
+
+
+def build(family="qwen3", *, sizes=(40,), shapes=FIXED, seed=0, **options):
+    rows = VisualVocabulary(TEXT_ROWS, sizes, BOI, EOI, 3, PAD).size
+    kind, own = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = UniMMConfig(
+        text_config=kind(vocab_size=rows, **SIZES, **own).to_dict(),
+        image_token_offset=TEXT_ROWS,
+        codebook_sizes=list(sizes),
+        span_shapes=shapes,
+        null_prompt_ids=[5, 6],
+        eos_token_id=END,
+        **options,
+    )
+    model = UniMMForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    return model
+
+
+def prompts(lengths=(5, 3, 7), seed=1):
+    """Ids padded on the left, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids, mask = torch.zeros(2, len(lengths), width, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(12, TEXT_ROWS, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the engine ran."""
+    made = []
+    run = engine.Engine.generate
+    monkeypatch.setattr(engine.Engine, "generate", lambda self, *a, **k: made.append(1) or run(self, *a, **k))
+    return made
+
+
+def assert_equal_to_stock(model, calls, asked, **options):
+    before = len(calls)
+    fast = model.generate(**asked, do_sample=False, **options)
+    assert len(calls) == before + 1
+    slow = model.generate(**asked, do_sample=False, **options, stock=True)
+    assert len(calls) == before + 1
+    assert fast.equal(slow)
+    return fast
+
+
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_equal_the_stock_loop(family, scale, calls):
+    model = build(family)
+    options = {"generation_mode": "image", "guidance_scale": scale, "max_new_tokens": 10}
+    rows = assert_equal_to_stock(model, calls, prompts(), **options)
+    assert (rows[:, -1] == EOI).all()
+    assert_equal_to_stock(model, calls, prompts((4,)), **options)
+
+
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+@pytest.mark.parametrize("shapes", [FIXED, SIZED, NESTED], ids=["fixed", "sized", "nested"])
+@pytest.mark.parametrize("sizes", [(40,), (30, 20)], ids=["one code", "two codes"])
+def test_every_grammar_equals_the_stock_loop(shapes, sizes, scale, calls):
+    for seed in range(2):
+        model = build(sizes=sizes, shapes=shapes, seed=seed)
+        asked = prompts((5, 3, 7, 5), seed=seed)
+        assert_equal_to_stock(model, calls, asked, generation_mode="image", guidance_scale=scale, max_new_tokens=14)
+
+
+@pytest.mark.parametrize("shapes", [FIXED, SIZED, NESTED], ids=["fixed", "sized", "nested"])
+def test_answers_that_mix_text_and_pictures_equal_the_stock_loop(shapes, calls):
+    whole = ended = 0
+    for seed in range(2):
+        model = build(shapes=shapes, sizes=(9, 7), seed=seed)
+        model.lm_head.weight.data[[BOI, END]] *= 2  # pictures and ends are likely among 120 text rows
+        lengths = torch.randint(2, 9, (8,)).tolist()
+        rows = assert_equal_to_stock(model, calls, prompts(lengths, seed), guidance_scale=SCALE, max_new_tokens=30)
+        answers = rows[:, max(lengths) :]
+        whole += int(((answers == EOI).any(dim=1) & (answers[:, 0] != BOI)).sum())
+        ended += int((answers == END).any(dim=1).sum())
+    assert whole
+    assert ended
+
+
+def test_text_mode_and_scales_per_sample_equal_the_stock_loop(calls):
+    model = build()
+    model.lm_head.weight.data[BOI] *= 3
+    rows = assert_equal_to_stock(model, calls, prompts(), generation_mode="text", max_new_tokens=12)
+    assert not (rows == BOI).any()
+    scales = torch.tensor([1.0, 2.0, 4.0])
+    assert_equal_to_stock(model, calls, prompts(), guidance_scale=scales, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_vision_layers_equal_the_stock_loop(norm, calls):
+    model = build(vision_layers_before=1, vision_layers_after=1, vision_norm=norm)
+    model.lm_head.weight.data[BOI] *= 2
+    for mode in ("image", None):
+        assert_equal_to_stock(model, calls, prompts(), generation_mode=mode, guidance_scale=SCALE, max_new_tokens=24)
+
+
+def test_a_prompt_with_a_picture_equals_the_stock_loop(tiny, calls):
+    model, processor = tiny
+    asked = processor.apply_chat_template(
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": torch.rand(3, 32, 32)}, {"type": "text", "text": "?"}],
+            }
+        ],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    assert_equal_to_stock(model, calls, asked, guidance_scale=1.0, max_new_tokens=8)
+
+
+def test_scores_equal_the_stock_loop():
+    model = build(sizes=(30, 20))
+    options = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 12,
+        "top_p": 0.9,
+        "generation_mode": "image",
+        "guidance_scale": SCALE,
+        "max_new_tokens": 1,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    fast, slow = (model.generate(**prompts(), **options, stock=stock).scores for stock in (False, True))
+    for ours, theirs in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("warping", [{"temperature": 1.5}, {"top_p": 0.8}], ids=["temperature", "nucleus"])
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+def test_samples_follow_the_distribution(scale, warping):
+    """Chi-square over all 27 pictures of three positions with three codes each, against their exact probabilities."""
+    shapes = [{"grid": [1, 3], "prefix": [], "min_positions": 3, "max_positions": 3}]
+    model = build(sizes=(3,), shapes=shapes, seed=3)
+    asked = prompts((4,))
+    torch.manual_seed(0)
+    number = 1500
+    rows = model.generate(
+        **asked,
+        generation_mode="image",
+        guidance_scale=scale,
+        do_sample=True,
+        num_return_sequences=number,
+        max_new_tokens=4,
+        top_k=0,
+        **warping,
+    )
+    drawn = rows[:, 5:8] - TEXT_ROWS
+    counts = torch.bincount(drawn @ torch.tensor([9, 3, 1]), minlength=27)
+    pictures = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    ids = torch.cat([rows[:1, :5].expand(27, -1), pictures + TEXT_ROWS], dim=1)
+    policy = SamplingPolicy(
+        model.config.grammar,
+        (5, 6),
+        temperature=warping.get("temperature", 1.0),
+        top_p=warping.get("top_p", 1.0),
+        guidance_scale=scale,
+    )
+    with torch.no_grad():
+        exact = policy.score(model, ids, torch.ones_like(ids), 3).log_probs.sum(dim=1).exp().double()
+    inside = counts > 0 if warping.get("top_p") else exact > 0
+    assert counts[~inside].sum() == 0
+    exact = exact[inside] / exact[inside].sum()
+    assert chisquare(counts[inside].double(), exact * number).pvalue > 1e-3
+
+
+def test_equal_prompts_are_read_once():
+    model = build()
+    read = []
+    hook = model.model.register_forward_hook(lambda module, args, kwargs, output: read.append(kwargs), with_kwargs=True)
+    model.generate(
+        **prompts((4,)),
+        generation_mode="image",
+        guidance_scale=SCALE,
+        do_sample=True,
+        num_return_sequences=6,
+        max_new_tokens=8,
+    )
+    hook.remove()
+    assert [kwargs["input_ids"].shape[0] for kwargs in read] == [2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_steps_of_any_width_equal_one_pass(family):
+    model = build(family, vision_layers_before=1, vision_norm=True)
+    asked = prompts()
+    new = torch.randint(TEXT_ROWS, TEXT_ROWS + 40, (3, 6))
+    decoder = model.decoder()
+    states = [decoder.prefill(**asked, capacity=1)]
+    states += [decoder.step(part) for part in (new[:, :1], new[:, 1:4])]
+    decoder.step(new[:, :2])
+    decoder.rewind(2)
+    states += [decoder.step(new[:, 4:])]
+    mask = torch.nn.functional.pad(asked["attention_mask"], (0, 6), value=1)
+    whole = model.model(
+        input_ids=torch.cat([asked["input_ids"], new], dim=1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
+    ).last_hidden_state[:, -7:]
+    torch.testing.assert_close(torch.cat(states, dim=1), whole, rtol=1e-4, atol=1e-4)
+    assert decoder.logits(whole[:, 0], torch.tensor([3, 1])).allclose(model.lm_head(whole[:, 0])[:, [3, 1]], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.5)]},
+        {"stopping_criteria": [lambda ids, scores: torch.ones(len(ids), dtype=torch.bool)]},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+    ],
+    ids=["penalty", "processor", "criterion", "no cache", "static cache", "states"],
+)
+def test_what_the_engine_does_not_know_takes_the_stock_loop(options, calls):
+    model = build()
+    model.generate(**prompts(), generation_mode="image", do_sample=False, max_new_tokens=4, **options)
+    assert not calls
+
+
+def test_a_model_in_training_and_other_families_take_the_stock_loop(calls):
+    model = build().train()
+    model.generate(**prompts(), generation_mode="image", do_sample=False, max_new_tokens=4)
+    windowed, own = FAMILIES["mistral"]
+    FAMILIES["windowed"] = (windowed, {**own, "sliding_window": 4})
+    try:
+        assert build("windowed").decoder() is None
+    finally:
+        del FAMILIES["windowed"]
+    assert not calls
