@@ -17,6 +17,7 @@ from unimm.codec.quantizers import FSQ, VQ, FSQConfig, ProductVQ, ProductVQConfi
 from unimm.codec.quantizers.vector import nearest_rows
 
 PYRAMID = {"channels": [32, 32, 32, 32, 32], "blocks": 1, "attention_levels": [4], "code_channels": 16}
+VITAMIN = {"stages": [8, 16], "blocks": [1, 2], "width": 16, "depth": 1, "num_heads": 2}
 SEQUENCE = {"tokens": 4, "rows": 2, "columns": 2}
 TINY = {
     "encoder": {
@@ -26,11 +27,13 @@ TINY = {
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2, "table_side": 3},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
         "pyramid": {"kind": "pyramid", **PYRAMID, "stem_channels": 32},
+        "vitamin": {"kind": "vitamin", **VITAMIN},
     },
     "decoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [16, 8], "blocks": 1},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2},
         "pyramid": {"kind": "pyramid", **PYRAMID, "upsampling": "shuffle", "adaptive": True},
+        "vitamin": {"kind": "vitamin", **VITAMIN},
         "features": {"kind": "features", "width": 32, "blocks": 1},
         "feature_vit": {"kind": "feature_vit", "dim": 16, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "embedding": {"kind": "embedding", "dim": 16, "tokens": 4, "width": 24, "depth": 1, "out_dim": 8},
@@ -56,6 +59,7 @@ TINY = {
     },
     "resampler": {
         "grid": {"kind": "grid", "dim": 16},
+        "attention": {"kind": "attention", "dim": 8, "num_heads": 2, "causal": True},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
         "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},

@@ -36,8 +36,15 @@ from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTD
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
 from unimm.codec.registers import RegisterResampler, RegisterResamplerConfig
-from unimm.codec.resamplers import GridResampler, GridResamplerConfig, Resampler
+from unimm.codec.resamplers import (
+    AttentionResampler,
+    AttentionResamplerConfig,
+    GridResampler,
+    GridResamplerConfig,
+    Resampler,
+)
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
+from unimm.codec.vitamin import VitaminDecoder, VitaminDecoderConfig, VitaminEncoder, VitaminEncoderConfig
 
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvEncoderConfig, ConvEncoder),
@@ -46,9 +53,11 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "vit": (ViTEncoderConfig, ViTEncoder),
     "patches": (PatchEncoderConfig, PatchEncoder),
     "pyramid": (PyramidEncoderConfig, PyramidEncoder),
+    "vitamin": (VitaminEncoderConfig, VitaminEncoder),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
+    "attention": (AttentionResamplerConfig, AttentionResampler),
     "latent": (LatentResamplerConfig, LatentResampler),
     "qformer": (QFormerResamplerConfig, QFormerResampler),
     "registers": (RegisterResamplerConfig, RegisterResampler),
@@ -58,6 +67,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
     "vit": (ViTDecoderConfig, ViTDecoder),
     "pyramid": (PyramidDecoderConfig, PyramidDecoder),
+    "vitamin": (VitaminDecoderConfig, VitaminDecoder),
     "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from unimm.conversion.maps import flextok, lavit, llamagen, seed, seed_voken, tar, titok, xomni, xomni_lm
+from unimm.conversion.maps import flextok, lavit, llamagen, seed, seed_voken, tar, titok, unitok, xomni, xomni_lm
 from unimm.conversion.upstream import Upstream
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -23,6 +23,8 @@ UPSTREAMS: dict[str, Upstream] = {
         seed.TOKENIZER,
         flextok.TOKENIZER,
         lavit.TOKENIZER,
+        unitok.UNITOK,
+        unitok.MEDITOK,
     )
 }
 
