@@ -61,7 +61,14 @@ def pixels(expected):
 SLOTS = {
     "unitok": lambda expected: expected["codes"].transpose(1, 2),
     "meditok": lambda expected: expected["codes"].transpose(1, 2),
+    "evotok": lambda expected: expected["codes"].flatten(1, 2),
+    "fqgan": lambda expected: branches(expected, "sem", "vis"),
+    "fqgan_triple": lambda expected: branches(expected, "vis", "sem_mid", "sem_high"),
 }
+
+
+def branches(expected, *names):
+    return torch.stack([expected[f"codes_{name}"].flatten(1) for name in names], dim=-1)
 
 
 def as_ids(codes):
@@ -99,6 +106,24 @@ def test_codes_and_output_equal_the_reference(system, converted):
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("system", ["evotok", "tokenflow"])
+def test_features_beside_pixels_equal_the_reference(system, converted):
+    codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
+    features = codec.features(codec.encode(expected["pixel_values"]))
+    torch.testing.assert_close(features, expected["semantic_features"], atol=TOLERANCE, rtol=0)
+
+
+def test_the_first_codes_of_evotok_draw_and_all_of_them_mean(converted):
+    codec, expected = AutoModel.from_pretrained(converted("evotok")).eval(), reference("evotok")
+    codes = codec.encode(expected["pixel_values"])
+    rows = torch.cat([expected["z_q_pixel"], expected["z_q_semantic"]], dim=1).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
+    late = VisualCodes(codes.ids.clone(), codes.mask, codes.grid)
+    late.ids[..., 2:] = 0  # behind the depth that pixels are drawn from
+    assert codec.decode(late).equal(codec.decode(codes))
+    assert not codec.features(late).equal(codec.features(codes))
+
+
 @pytest.mark.parametrize("system", CODECS)
 def test_codes_survive_saving_and_a_bfloat16_load(system, converted, tmp_path):
     expected = reference(system)
@@ -123,7 +148,7 @@ def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
     upstream = json.loads((GOLDEN / system / "config.json").read_text())
     if codec.config.pixel_mean is None:
         assert list(codec.config.pixel_range) == upstream["pixel_range"]
-    codec.length.grid(*pixels.shape[2:], codec.config.downsample)
+    codec.config.grid(*pixels.shape[2:])
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ class GridResamplerConfig:
         norm: whether each position is normalised first.
         tanh_width: width of a linear map and a tanh before the rest; 0 for none.
         project: whether linear maps lie on both sides of the quantizer; without them all widths must be `dim`.
+        project_back: whether the one behind the quantizer is there; without it the decoder reads the codes' vectors.
     """
 
     dim: int = 256
@@ -44,6 +45,7 @@ class GridResamplerConfig:
     norm: bool = True
     tanh_width: int = 0
     project: bool = True
+    project_back: bool = True
 
 
 class GridResampler(Resampler):
@@ -73,7 +75,8 @@ class GridResampler(Resampler):
         self.to_grid: nn.Module = nn.Identity()
         if config.project:
             self.to_positions = nn.Conv1d(encoder_width, config.dim, 1, groups=config.groups)
-            self.to_grid = nn.Linear(config.dim, decoder_width)
+            if config.project_back:
+                self.to_grid = nn.Linear(config.dim, decoder_width)
 
     def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:
         if pool > 1:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from unimm.codec.branches import BranchEncoder, BranchEncoderConfig
 from unimm.codec.decoders import (
     ConvDecoder,
     ConvDecoderConfig,
     ViTDecoder,
     ViTDecoderConfig,
 )
+from unimm.codec.dual import DualDecoder, DualDecoderConfig
 from unimm.codec.encoders import (
     ConvEncoder,
     ConvEncoderConfig,
@@ -33,6 +35,7 @@ from unimm.codec.feature_decoder import (
     NoDecoderConfig,
 )
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
+from unimm.codec.pair import PairEncoder, PairEncoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
 from unimm.codec.registers import RegisterResampler, RegisterResamplerConfig
@@ -54,6 +57,8 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "patches": (PatchEncoderConfig, PatchEncoder),
     "pyramid": (PyramidEncoderConfig, PyramidEncoder),
     "vitamin": (VitaminEncoderConfig, VitaminEncoder),
+    "branches": (BranchEncoderConfig, BranchEncoder),
+    "pair": (PairEncoderConfig, PairEncoder),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
@@ -72,6 +77,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
+    "dual": (DualDecoderConfig, DualDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "none": (NoDecoderConfig, NoDecoder),
 }

@@ -70,7 +70,7 @@ class ReshapingAttention(nn.Module):
 
 
 class AttentionProjection(nn.Module):
-    """`[B, N, in_width]` to `[B, N, out_width]`: attention beside a linear map, then a gated MLP (UniTok, 2502.20321)."""
+    """`[B, N, in_width]` to `[B, N, out_width]`: attention beside a linear map, then an MLP (UniTok, 2502.20321)."""
 
     def __init__(self, in_width: int, out_width: int, num_heads: int, *, causal: bool) -> None:
         super().__init__()
