@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,10 +14,21 @@ from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
 from unimm.codec import load_preset, preset_names
 from unimm.codec.configuration import SOCKETS
 from unimm.codec.encoders import LocalEncoderConfig, stretched_luminance
-from unimm.codec.quantizers import FSQ, VQ, FSQConfig, ProductVQ, ProductVQConfig, VQConfig
+from unimm.codec.quantizers import (
+    FSQ,
+    VQ,
+    FSQConfig,
+    ProductVQ,
+    ProductVQConfig,
+    ResidualVQ,
+    ResidualVQConfig,
+    ScaleVQConfig,
+    VQConfig,
+)
 from unimm.codec.quantizers.vector import nearest_rows
 
 PYRAMID = {"channels": [32, 32, 32, 32, 32], "blocks": 1, "attention_levels": [4], "code_channels": 16}
+VITAMIN = {"stages": [8, 16], "blocks": [1, 2], "width": 16, "depth": 1, "num_heads": 2}
 SEQUENCE = {"tokens": 4, "rows": 2, "columns": 2}
 TINY = {
     "encoder": {
@@ -26,11 +38,37 @@ TINY = {
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2, "table_side": 3},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
         "pyramid": {"kind": "pyramid", **PYRAMID, "stem_channels": 32},
+        "vitamin": {"kind": "vitamin", **VITAMIN},
+        "branches": {
+            "kind": "branches",
+            **PYRAMID,
+            "stem_channels": 32,
+            "rows": 2,
+            "columns": 2,
+            "depth": 1,
+            "num_heads": 2,
+        },
+        "pair": {
+            "kind": "pair",
+            "tower": {"patch": 16, "width": 16, "depth": 1, "num_heads": 2},
+            "tower_dim": 12,
+            "pyramid": {**PYRAMID, "stem_channels": 32},
+            "pyramid_dim": 4,
+        },
     },
     "decoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [16, 8], "blocks": 1},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2},
         "pyramid": {"kind": "pyramid", **PYRAMID, "upsampling": "shuffle", "adaptive": True},
+        "vitamin": {"kind": "vitamin", **VITAMIN},
+        "dual": {
+            "kind": "dual",
+            "pixel_dim": 4,
+            "pixels_first": False,
+            "pixels": PYRAMID,
+            "features": {"dim": 12, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24, "class_token": True},
+            "side": 32,
+        },
         "features": {"kind": "features", "width": 32, "blocks": 1},
         "feature_vit": {"kind": "feature_vit", "dim": 16, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "embedding": {"kind": "embedding", "dim": 16, "tokens": 4, "width": 24, "depth": 1, "out_dim": 8},
@@ -53,9 +91,12 @@ TINY = {
         "vq": {"kind": "vq", "size": 32, "dim": 4, "ema_decay": 0.9, "restart_below": 0.1},
         "product": {"kind": "product", "sizes": [12, 7], "dim": 4},
         "sign": {"kind": "sign"},
+        "residual": {"kind": "residual", "size": 12, "dim": 16, "depth": 3, "project": False, "normalize": False},
+        "scales": {"kind": "scales", "sides": [1, 2], "size": 12, "dim": 16, "parts": [12, 4], "project": False},
     },
     "resampler": {
         "grid": {"kind": "grid", "dim": 16},
+        "attention": {"kind": "attention", "dim": 8, "num_heads": 2, "causal": True},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
         "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
@@ -74,6 +115,7 @@ TINY = {
         "resolution": {"kind": "resolution", "min_side": 1, "max_side": 3, "max_positions": 6},
         "sequence": {"kind": "sequence", **SEQUENCE, "prefixes": True},
         "kept": {"kind": "kept", "rows": 2, "columns": 2},
+        "levels": {"kind": "levels", "sides": [1, 2]},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
     },
 }
@@ -82,8 +124,10 @@ LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
 QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
 REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
+SCALES = {"quantizer": "scales", "length": "levels"}
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
+COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 
@@ -168,7 +212,9 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     codec = build(**{name: TINY[name][value] for name, value in kinds.items()})
     images = pixels()
     codes = codec.encode(images)
-    longest = int(codes.lengths.max()) if codec.length.ragged else 4
+    longest = int(codes.lengths.max()) if codec.length.ragged else codec.length.max_length
+    if kind in ("resolution", "pooled"):
+        longest = 4
     assert codes.ids.shape == (3, longest, len(codec.quantizer.sizes))
     codes.validate(codec.spec_without_fingerprint)
     if kind == "none":
@@ -184,7 +230,10 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
         assert again.fingerprint() == codec.fingerprint()
     codec.train()
     output = codec(images)
-    (output.reconstruction.square().mean() + output.quantizer_loss).backward()
+    loss = output.reconstruction.square().mean() + output.quantizer_loss
+    if output.features is not None:
+        loss = loss + output.features.square().mean()
+    loss.backward()
     for name, weight in codec.named_parameters():
         if weight.requires_grad:
             assert weight.grad is not None, name
@@ -193,7 +242,8 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", [*TINY["quantizer"]])
 def test_lookup_is_what_decode_saw(kind):
-    codec = build(quantizer=TINY["quantizer"][kind])
+    kinds = COMPANIONS.get(kind, {"quantizer": kind})
+    codec = build(**{name: TINY[name][value] for name, value in kinds.items()})
     output = codec(pixels())
     seen = codec.quantizer(codec._positions(pixels())).vectors
     torch.testing.assert_close(codec.quantizer.lookup(output.ids), seen, atol=1e-5, rtol=1e-5)
@@ -225,6 +275,68 @@ def test_every_fsq_id_has_vectors_of_its_own():
 def test_nearest_rows_equal_the_distances():
     vectors, rows = torch.randn(50, 6), torch.randn(20, 6)
     assert nearest_rows(vectors, rows).equal(torch.cdist(vectors, rows).argmin(dim=1))
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+def test_one_index_over_two_tables_is_the_nearest_row_normalised_part_by_part(seed):
+    generator = torch.Generator().manual_seed(seed)
+    quantizer = VQ(VQConfig(size=20, dim=7, parts=(4, 3), project=False), dim=7)
+    quantizer.codebook.data = torch.randn(20, 7, generator=generator)
+    vectors = torch.randn(1, 30, 7, generator=generator)
+    distances = sum(
+        torch.cdist(F.normalize(part, dim=-1), F.normalize(rows, dim=-1)).square()
+        for part, rows in zip(vectors[0].split([4, 3], dim=1), quantizer.codebook.split([4, 3], dim=1), strict=True)
+    )
+    assert quantizer(vectors).ids[0, :, 0].equal(distances.argmin(dim=1))
+
+
+def test_wrong_parts_sides_and_depths_are_refused():
+    with pytest.raises(ValueError, match="add up to dim 8"):
+        VQ(VQConfig(dim=8, parts=(4, 3)), dim=8)
+    for sides in ((), (2, 1), (0, 1)):
+        with pytest.raises(ValueError, match="rising numbers"):
+            ScaleVQConfig(sides=sides, project=False)
+    with pytest.raises(ValueError, match="taps from 1"):
+        ResidualVQConfig(depth=3, taps=(4,), project=False)
+    for config in (ScaleVQConfig, ResidualVQConfig):
+        with pytest.raises(ValueError, match="set project: false"):
+            config()
+    with pytest.raises(ValueError, match="exactly 5"):
+        build(**{name: TINY[name][kind] for name, kind in SCALES.items()}).encode(pixels(), num_tokens=4)
+
+
+@given(st.integers(2, 5), st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+def test_a_residual_code_is_nearest_to_what_was_left_over(depth, seed):
+    torch.manual_seed(seed)
+    quantizer = ResidualVQ(ResidualVQConfig(size=9, dim=4, depth=depth, project=False, normalize=False), dim=4)
+    rest, quantized = (vectors := torch.randn(1, 12, 4))[0], quantizer(vectors)
+    for slot, codebook in enumerate(quantizer.codebooks):
+        assert quantized.ids[0, :, slot].equal(torch.cdist(rest, codebook.codebook).argmin(dim=1))
+        rest = rest - codebook.codebook[quantized.ids[0, :, slot]]
+    torch.testing.assert_close(quantized.vectors[0] + rest, vectors[0], atol=1e-5, rtol=0)
+    shared = ResidualVQ(ResidualVQConfig(size=9, dim=4, depth=depth, shared=True, project=False), dim=4)
+    assert len(list(shared.parameters())) == 1
+    assert len(shared.code_vectors()) == depth
+
+
+def test_a_margin_that_no_patch_covers_is_left_out_on_request():
+    encoder = {**TINY["encoder"]["vit"], "drop_margin": True}
+    config = {**TINY, "encoder": encoder}
+    codec = VisualCodecModel(
+        VisualCodecConfig(
+            image_size=40,
+            encoder=encoder,
+            resampler=config["resampler"]["grid"],
+            decoder=TINY["decoder"]["feature_vit"],
+        )
+    )
+    images = pixels(1, 40, 40)
+    codes = codec.encode(images)
+    images[..., 32:] = images[..., 32:, :] = 0.3
+    assert codec.encode(images).ids.equal(codes.ids)
+    assert codes.grid == [(2, 2)]
 
 
 def test_dead_rows_restart_where_vectors_are():

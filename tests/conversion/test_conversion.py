@@ -19,6 +19,7 @@ from unimm.conversion.upstream import UpstreamConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 OUTPUTS = (
+    "decoder_raw",
     "reconstruction",
     "decoded",
     "features",
@@ -56,14 +57,30 @@ def pixels(expected):
     return expected["pixel_values"] if "pixel_values" in expected else expected["vae_latents"]
 
 
+# Where upstream's codes have more than one slot: to `[B, N, K]`.
+SLOTS = {
+    "unitok": lambda expected: expected["codes"].transpose(1, 2),
+    "meditok": lambda expected: expected["codes"].transpose(1, 2),
+    "evotok": lambda expected: expected["codes"].flatten(1, 2),
+    "fqgan": lambda expected: branches(expected, "sem", "vis"),
+    "fqgan_triple": lambda expected: branches(expected, "vis", "sem_mid", "sem_high"),
+}
+
+
+def branches(expected, *names):
+    return torch.stack([expected[f"codes_{name}"].flatten(1) for name in names], dim=-1)
+
+
 def as_ids(codes):
-    """Upstream's `[B, N]`, `[B, 1, N]`, `[B, h, w]` or, for K codebooks, `[B, K, N]`, as `[B, N]`."""
+    """Upstream's `[B, N]`, `[B, 1, N]` or `[B, h, w]` as `[B, N]`."""
     return codes.flatten(1)
 
 
-def assert_codes(codes, expected):
+def assert_codes(system, codes, expected):
     """All codes are the expected ones, where pictures differ in length those of all pictures in a row."""
-    if "token_num_argmax" in expected:
+    if system in SLOTS:
+        assert codes.ids.equal(SLOTS[system](expected))
+    elif "token_num_argmax" in expected:
         assert codes.lengths.equal(expected["token_num_argmax"])
         assert codes.ids[codes.mask][:, 0].equal(expected["codes_argmax"])
     else:
@@ -76,7 +93,7 @@ def test_codes_and_output_equal_the_reference(system, converted):
     codes = codec.encode(pixels(expected))
     assert codes.ids.dtype == torch.int64
     assert codes.ids.shape[2] == codec.spec.num_codebooks
-    assert_codes(codes, expected)
+    assert_codes(system, codes, expected)
     if "z_q" in expected:
         rows = expected["z_q"]
         rows = rows.flatten(2).transpose(1, 2) if rows.ndim == 4 else rows
@@ -89,6 +106,24 @@ def test_codes_and_output_equal_the_reference(system, converted):
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("system", ["evotok", "tokenflow"])
+def test_features_beside_pixels_equal_the_reference(system, converted):
+    codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
+    features = codec.features(codec.encode(expected["pixel_values"]))
+    torch.testing.assert_close(features, expected["semantic_features"], atol=TOLERANCE, rtol=0)
+
+
+def test_the_first_codes_of_evotok_draw_and_all_of_them_mean(converted):
+    codec, expected = AutoModel.from_pretrained(converted("evotok")).eval(), reference("evotok")
+    codes = codec.encode(expected["pixel_values"])
+    rows = torch.cat([expected["z_q_pixel"], expected["z_q_semantic"]], dim=1).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
+    late = VisualCodes(codes.ids.clone(), codes.mask, codes.grid)
+    late.ids[..., 2:] = 0  # behind the depth that pixels are drawn from
+    assert codec.decode(late).equal(codec.decode(codes))
+    assert not codec.features(late).equal(codec.features(codes))
+
+
 @pytest.mark.parametrize("system", CODECS)
 def test_codes_survive_saving_and_a_bfloat16_load(system, converted, tmp_path):
     expected = reference(system)
@@ -96,7 +131,7 @@ def test_codes_survive_saving_and_a_bfloat16_load(system, converted, tmp_path):
     codec.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert again.fingerprint() == codec.fingerprint()
-    assert_codes(again.encode(pixels(expected)), expected)
+    assert_codes(system, again.encode(pixels(expected)), expected)
 
 
 @pytest.mark.parametrize("system", CODECS)
@@ -113,7 +148,7 @@ def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
     upstream = json.loads((GOLDEN / system / "config.json").read_text())
     if codec.config.pixel_mean is None:
         assert list(codec.config.pixel_range) == upstream["pixel_range"]
-    codec.length.grid(*pixels.shape[2:], codec.config.downsample)
+    codec.config.grid(*pixels.shape[2:])
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def inspect_codec(name: str) -> str:
         kind = options.pop("kind")
         shown = ", ".join(f"{key} {value}" for key, value in options.items())
         lines.append(f"{socket:<10} {kind}" + (f" ({shown})" if shown else ""))
-    own = codec.length.arrange(codec.length.grid(config.image_size, config.image_size, config.downsample), None).length
+    own = codec.length.arrange(config.grid(config.image_size, config.image_size), None).length
     bits = spec.bits * own / spec.max_length
     black, white = config.pixel_range
     lines += [

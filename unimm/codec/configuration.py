@@ -86,7 +86,7 @@ class VisualCodecConfig(PreTrainedConfig):
         if self.pixel_range[0] >= self.pixel_range[1]:
             raise ValueError(f"pixel_range is {self.pixel_range}; name the lowest value, then the highest.")
         decoder = socket_config("decoder", self.decoder)
-        keeps_grid = self.length_policy.layout == "grid" and decoder.makes_pixels
+        keeps_grid = self.length_policy.layout == "grid" and decoder.makes_pixels and decoder.mirrors_encoder
         if keeps_grid and decoder.upsample != self.downsample:
             raise ValueError(
                 f"The encoder divides sizes by {self.downsample}, the decoder multiplies by {decoder.upsample}."
@@ -96,7 +96,7 @@ class VisualCodecConfig(PreTrainedConfig):
                 f"resampler.kind is {self.resampler['kind']!r} and length.kind {self.length['kind']!r}; "
                 "'select' and 'kept' go together."
             )
-        self.length_policy.grid(self.image_size, self.image_size, self.downsample)
+        self.grid(self.image_size, self.image_size)
 
     def _normalised_bounds(self) -> tuple[list[float], list[float]]:
         mean, std = self.pixel_mean, self.pixel_std
@@ -116,6 +116,16 @@ class VisualCodecConfig(PreTrainedConfig):
     def downsample(self) -> int:
         """Pixels per grid cell, on each side."""
         return socket_config("encoder", self.encoder).downsample
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The encoder's grid of a picture of `height` x `width` pixels.
+
+        Raises:
+            ValueError: the codec cannot take this size.
+        """
+        if socket_config("encoder", self.encoder).drops_margin:
+            height, width = height - height % self.downsample, width - width % self.downsample
+        return self.length_policy.grid(height, width, self.downsample)
 
     @property
     def reads_pixels(self) -> bool:

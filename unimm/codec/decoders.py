@@ -21,6 +21,16 @@ class DecoderOptions:
         return True
 
     @property
+    def makes_features(self) -> bool:
+        """Whether there are features of a vision tower, as the output or beside pixels."""
+        return False
+
+    @property
+    def mirrors_encoder(self) -> bool:
+        """Whether a picture is drawn at the size at which it was read."""
+        return True
+
+    @property
     def condition_size(self) -> tuple[int, int] | None:
         """(tokens, width) of the condition that decoding needs, if it needs one."""
         return None

@@ -30,6 +30,11 @@ class EncoderOptions:
         """Channels of the input."""
         return 3
 
+    @property
+    def drops_margin(self) -> bool:
+        """Whether pixels beyond the last whole cell, at the right and below, are left out."""
+        return False
+
 
 @dataclass(frozen=True)
 class ConvEncoderConfig(EncoderOptions):
@@ -129,6 +134,7 @@ class ViTEncoderConfig(EncoderOptions):
         keep_class_token: whether its feature is given too, before those of the patches; the features then are one row
             `[B, D, 1, 1 + rows * columns]`, for resamplers that attend to them (SEED, 2307.08041).
         tanh_gelu: whether GELU is computed by its tanh formula (SigLIP).
+        drop_margin: leave out the pixels beyond the last whole patch, as SigLIP does with 384 of them in patches of 14.
         mean, std: of pixels; the tower sees their distance from `mean` in units of `std`.
     """
 
@@ -144,6 +150,7 @@ class ViTEncoderConfig(EncoderOptions):
     class_token: bool = False
     keep_class_token: bool = False
     tanh_gelu: bool = False
+    drop_margin: bool = False
     mean: float = 0.0
     std: float = 1.0
 
@@ -156,6 +163,10 @@ class ViTEncoderConfig(EncoderOptions):
     @property
     def downsample(self) -> int:
         return self.patch
+
+    @property
+    def drops_margin(self) -> bool:
+        return self.drop_margin
 
 
 class ViTEncoder(nn.Module):

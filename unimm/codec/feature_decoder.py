@@ -24,6 +24,10 @@ class FeatureOptions(DecoderOptions):
     def makes_pixels(self) -> bool:
         return False
 
+    @property
+    def makes_features(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class FeatureDecoderConfig(FeatureOptions):
@@ -59,6 +63,8 @@ class FeatureViTConfig(FeatureOptions):
         width, depth, num_heads, mlp_width: of the transformer, and of the features.
         eps: of every norm.
         table_side: learned positions of a square grid of this side, resized to the grid of the codes.
+        class_token: whether a learned token, with the first row of the table, stands before the codes.
+        tanh_gelu: whether GELU is computed by its tanh formula (SigLIP).
     """
 
     dim: int = 1152
@@ -68,6 +74,8 @@ class FeatureViTConfig(FeatureOptions):
     mlp_width: int = 3072
     eps: float = 1e-6
     table_side: int = 16
+    class_token: bool = False
+    tanh_gelu: bool = True
 
     @property
     def in_width(self) -> int:
@@ -80,9 +88,18 @@ class FeatureViT(nn.Module):
     def __init__(self, config: FeatureViTConfig) -> None:
         super().__init__()
         self.embed = nn.Linear(config.dim, config.width)
-        self.table = nn.Parameter(torch.randn(config.table_side**2, config.width) * 0.02)
+        self.table = nn.Parameter(torch.randn(config.table_side**2 + config.class_token, config.width) * 0.02)
+        self.class_token: nn.Parameter | None = None
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.randn(1, config.width) * 0.02)
         self.blocks = nn.ModuleList(
-            TransformerBlock(config.width, config.num_heads, mlp_width=config.mlp_width, eps=config.eps, tanh_gelu=True)
+            TransformerBlock(
+                config.width,
+                config.num_heads,
+                mlp_width=config.mlp_width,
+                eps=config.eps,
+                tanh_gelu=config.tanh_gelu,
+            )
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
@@ -93,10 +110,14 @@ class FeatureViT(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         rows, columns = features.shape[2:]
         hidden = self.embed(features.flatten(2).transpose(1, 2))
-        hidden = hidden + resized_table(self.table, rows, columns, antialias=True)
+        before = 0 if self.class_token is None else 1
+        hidden = hidden + resized_table(self.table[before:], rows, columns, antialias=True)
+        if self.class_token is not None:
+            class_token = (self.class_token + self.table[:1]).expand(len(hidden), 1, -1)
+            hidden = torch.cat([class_token, hidden], dim=1)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(self.norm(hidden))
+        return self.head(self.norm(hidden[:, before:]))
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,17 @@ class Arrangement:
     Args:
         rows, columns: of the codes; a sequence is one row.
         pool: cells of the encoder's grid, per side, that were averaged into one position.
+        codes: how many there are, where they do not lie as `rows` x `columns`; 0 where they do.
     """
 
     rows: int
     columns: int
     pool: int = 1
+    codes: int = 0
 
     @property
     def length(self) -> int:
-        return self.rows * self.columns
+        return self.codes or self.rows * self.columns
 
 
 class LengthPolicy(ABC):
@@ -74,6 +76,10 @@ class LengthPolicy(ABC):
                 f"num_tokens is {num_tokens}; this codec always makes {grid[0] * grid[1]} of such a picture."
             )
         return Arrangement(*grid)
+
+    def drawn_grid(self, length: int) -> tuple[int, int]:
+        """(rows, columns) of what `length` codes without a grid of their own are looked up as."""
+        return 1, length
 
     def check_length(self, length: int) -> None:
         """Raise `ValueError` where no picture of this codec has `length` codes."""
@@ -175,6 +181,43 @@ class PooledLength(LengthPolicy):
 
 
 @dataclass(frozen=True)
+class LevelsLength(LengthPolicy):
+    """A picture of one size becomes square grids of rising sides, one after the other (VAR, 2404.02905).
+
+    Args:
+        sides: coarse to fine; the last is that of the encoder's grid.
+    """
+
+    sides: tuple[int, ...]
+
+    def grids(self) -> list[tuple[int, int]]:
+        return [(self.sides[-1], self.sides[-1])]
+
+    @property
+    def layout(self) -> str:
+        return "levels"
+
+    @property
+    def max_length(self) -> int:
+        return sum(side * side for side in self.sides)
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        if num_tokens is not None:
+            self.check_length(num_tokens)
+        return Arrangement(*grid, codes=self.max_length)
+
+    def drawn_grid(self, length: int) -> tuple[int, int]:
+        return self.sides[-1], self.sides[-1]
+
+    def check_length(self, length: int) -> None:
+        if length != self.max_length:
+            raise ValueError(
+                f"There are {length} codes per picture; this codec makes and decodes exactly {self.max_length}, "
+                f"of squares of {', '.join(map(str, self.sides))}."
+            )
+
+
+@dataclass(frozen=True)
 class KeptLength(LengthPolicy):
     """A picture of one size has as many codes as the resampler keeps of its cells (LaVIT, 2309.04669)."""
 
@@ -203,5 +246,6 @@ LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {
     "resolution": ResolutionLength,
     "sequence": SequenceLength,
     "pooled": PooledLength,
+    "levels": LevelsLength,
     "kept": KeptLength,
 }

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from unimm.codec.configuration import VisualCodecConfig, socket_config
 from unimm.codec.decoders import DecoderOptions
+from unimm.codec.dual import DualDecoder
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
@@ -36,11 +37,13 @@ class CodecOutput(ModelOutput):
         reconstruction: `[B, 3, H, W]`, about [-1, 1], not clamped; of a codec without pixels, its features.
         ids: int64 `[B, N, K]`, zeros on the right of pictures with fewer codes.
         quantizer_loss: scalar.
+        features: of a codec that rebuilds features beside pixels.
     """
 
     reconstruction: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     quantizer_loss: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 class VisualCodecModel(PreTrainedModel):
@@ -75,7 +78,7 @@ class VisualCodecModel(PreTrainedModel):
         self.length = config.length_policy
         self.decoder = DECODERS[config.decoder["kind"]][1](decoder)
         self.decoder_options: DecoderOptions = decoder
-        self.dim = resampler.dim
+        self.dim = self.quantizer.out_dim(resampler.dim)
         self.post_init()
 
     def encode(
@@ -129,6 +132,22 @@ class VisualCodecModel(PreTrainedModel):
                 return self.decoder(self.resampler.restore(self.lookup(codes), grid), codes.mask)
             return self._draw(self.lookup(codes), grid, condition)
 
+    def features(self, codes: VisualCodes) -> torch.Tensor:
+        """What the codes mean rather than show: features `[B, M, D]` that the codec rebuilds of a vision tower.
+
+        Raises:
+            ValueError: as `decode`, or a codec that rebuilds pixels alone.
+        """
+        if not self.decoder_options.makes_features:
+            raise ValueError(
+                "This codec rebuilds pixels and no features; lookup(codes) gives the vectors of its codes."
+            )
+        if not isinstance(self.decoder, DualDecoder):
+            return self.decode(codes)
+        grid = self._check_codes(codes)
+        with torch.no_grad():
+            return self.decoder.features(self.resampler.restore(self.lookup(codes), grid))
+
     def pictures(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """What to show: pictures `[B, 3, H, W]` in [-1, 1], whatever the codec's own range of pixels.
 
@@ -154,11 +173,11 @@ class VisualCodecModel(PreTrainedModel):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
             return CodecOutput(self.decoder(kept.vectors, mask), kept.ids, kept.loss)
         quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
-        return CodecOutput(
-            reconstruction=self._draw(quantized.vectors, (arrangement.rows, arrangement.columns), condition),
-            ids=quantized.ids,
-            quantizer_loss=quantized.loss,
-        )
+        grid = (arrangement.rows, arrangement.columns)
+        output = CodecOutput(self._draw(quantized.vectors, grid, condition), quantized.ids, quantized.loss)
+        if isinstance(self.decoder, DualDecoder):
+            output.features = self.decoder.features(self.resampler.restore(quantized.vectors, grid))
+        return output
 
     @property
     def spec(self) -> CodeSpec:
@@ -201,7 +220,7 @@ class VisualCodecModel(PreTrainedModel):
             if not self.length.ragged and not bool(codes.mask.all()):
                 raise ValueError(f"Codes have lengths {codes.lengths.tolist()}; decode one length at a time.")
             self.length.check_length(codes.ids.shape[1])
-            return 1, codes.ids.shape[1]
+            return self.length.drawn_grid(codes.ids.shape[1])
         if codes.grid is None or len(set(codes.grid)) != 1:
             raise ValueError(f"Codes have grids {codes.grid}; decode pictures of one (rows, columns) at a time.")
         return codes.grid[0]
@@ -232,7 +251,7 @@ class VisualCodecModel(PreTrainedModel):
                 f"[B, {channels}, H, W]. {way_out}"
             )
         if not self.config.reads_pixels:
-            return self.length.grid(pixel_values.shape[2], pixel_values.shape[3], self.config.downsample)
+            return self.config.grid(pixel_values.shape[2], pixel_values.shape[3])
         low, high = pixel_values.aminmax()
         black, white = self.config.pixel_range
         slack = SLACK if self.config.pixel_mean is None else NORMALISED_SLACK
@@ -242,7 +261,7 @@ class VisualCodecModel(PreTrainedModel):
                 f"[{black:g}, {white:g}]. Use the codec's image processor, or scale by "
                 f"{white - black:g} * x / 255 {black:+g}."
             )
-        return self.length.grid(pixel_values.shape[2], pixel_values.shape[3], self.config.downsample)
+        return self.config.grid(pixel_values.shape[2], pixel_values.shape[3])
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

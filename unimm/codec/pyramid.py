@@ -111,8 +111,8 @@ def middle(config: PyramidConfig, shortcut: str = "input") -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class PyramidEncoder(nn.Module):
-    """Pixels `[B, 3, H, W]` to `[B, code_channels, H / factor, W / factor]`."""
+class PyramidTrunk(nn.Module):
+    """Pixels `[B, 3, H, W]` to the features `[B, channels[-1], H / factor, W / factor]` of the coarsest grid."""
 
     def __init__(self, config: PyramidEncoderConfig) -> None:
         super().__init__()
@@ -127,14 +127,25 @@ class PyramidEncoder(nn.Module):
             self.levels.append(stage)
             width = channels
         self.middle = middle(config)
-        self.norm = nn.GroupNorm(GROUPS, width, eps=EPS)
-        self.out = nn.Conv2d(width, config.code_channels, config.out_kernel, padding=config.out_kernel // 2)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden = self.stem(pixel_values)
         for level in self.levels:
             hidden = level(hidden)
-        return self.out(F.silu(self.norm(self.middle(hidden))))
+        return self.middle(hidden)
+
+
+class PyramidEncoder(PyramidTrunk):
+    """Pixels `[B, 3, H, W]` to `[B, code_channels, H / factor, W / factor]`."""
+
+    def __init__(self, config: PyramidEncoderConfig) -> None:
+        super().__init__(config)
+        width = config.channels[-1]
+        self.norm = nn.GroupNorm(GROUPS, width, eps=EPS)
+        self.out = nn.Conv2d(width, config.code_channels, config.out_kernel, padding=config.out_kernel // 2)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.out(F.silu(self.norm(super().forward(pixel_values))))
 
 
 @dataclass(frozen=True)

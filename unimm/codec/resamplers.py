@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unimm.nn.geglu import AttentionProjection
+
 
 class Resampler(nn.Module, ABC):
     """Around the quantizer: what becomes a position, and what the decoder is given."""
@@ -35,6 +37,7 @@ class GridResamplerConfig:
         norm: whether each position is normalised first.
         tanh_width: width of a linear map and a tanh before the rest; 0 for none.
         project: whether linear maps lie on both sides of the quantizer; without them all widths must be `dim`.
+        project_back: whether the one behind the quantizer is there; without it the decoder reads the codes' vectors.
     """
 
     dim: int = 256
@@ -42,6 +45,7 @@ class GridResamplerConfig:
     norm: bool = True
     tanh_width: int = 0
     project: bool = True
+    project_back: bool = True
 
 
 class GridResampler(Resampler):
@@ -71,7 +75,8 @@ class GridResampler(Resampler):
         self.to_grid: nn.Module = nn.Identity()
         if config.project:
             self.to_positions = nn.Conv1d(encoder_width, config.dim, 1, groups=config.groups)
-            self.to_grid = nn.Linear(config.dim, decoder_width)
+            if config.project_back:
+                self.to_grid = nn.Linear(config.dim, decoder_width)
 
     def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:
         if pool > 1:
@@ -85,4 +90,39 @@ class GridResampler(Resampler):
     def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """`[B, N, dim]` to `[B, D, rows, columns]`."""
         # Channels-last strides would choose a group norm that is 30 times less exact.
+        return self.to_grid(vectors).transpose(1, 2).contiguous().unflatten(2, grid)
+
+
+@dataclass(frozen=True)
+class AttentionResamplerConfig:
+    """One position per grid cell, through attention on both sides of the quantizer.
+
+    Args:
+        dim: width of the vectors that are quantised.
+        num_heads: of both attentions.
+        causal: whether a position sees itself and those before it only (MedITok, 2505.19225), or all (UniTok,
+            2502.20321).
+    """
+
+    dim: int = 64
+    num_heads: int = 16
+    causal: bool = False
+
+
+class AttentionResampler(Resampler):
+    """Positions that have looked at each other once more before they are quantised, and again afterwards."""
+
+    def __init__(self, config: AttentionResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
+        super().__init__()
+        heads, causal = config.num_heads, config.causal
+        self.to_positions = AttentionProjection(encoder_width, config.dim, heads, causal=causal)
+        self.to_grid = AttentionProjection(config.dim, decoder_width, heads, causal=causal)
+
+    def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:
+        if pool > 1:
+            features = F.avg_pool2d(features, pool)
+        return self.to_positions(features.flatten(2).transpose(1, 2))
+
+    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`[B, N, dim]` to `[B, D, rows, columns]`."""
         return self.to_grid(vectors).transpose(1, 2).contiguous().unflatten(2, grid)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from unimm.codec.branches import BranchEncoder, BranchEncoderConfig
 from unimm.codec.decoders import (
     ConvDecoder,
     ConvDecoderConfig,
     ViTDecoder,
     ViTDecoderConfig,
 )
+from unimm.codec.dual import DualDecoder, DualDecoderConfig
 from unimm.codec.encoders import (
     ConvEncoder,
     ConvEncoderConfig,
@@ -33,11 +35,19 @@ from unimm.codec.feature_decoder import (
     NoDecoderConfig,
 )
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
+from unimm.codec.pair import PairEncoder, PairEncoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
 from unimm.codec.registers import RegisterResampler, RegisterResamplerConfig
-from unimm.codec.resamplers import GridResampler, GridResamplerConfig, Resampler
+from unimm.codec.resamplers import (
+    AttentionResampler,
+    AttentionResamplerConfig,
+    GridResampler,
+    GridResamplerConfig,
+    Resampler,
+)
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
+from unimm.codec.vitamin import VitaminDecoder, VitaminDecoderConfig, VitaminEncoder, VitaminEncoderConfig
 
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvEncoderConfig, ConvEncoder),
@@ -46,9 +56,13 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "vit": (ViTEncoderConfig, ViTEncoder),
     "patches": (PatchEncoderConfig, PatchEncoder),
     "pyramid": (PyramidEncoderConfig, PyramidEncoder),
+    "vitamin": (VitaminEncoderConfig, VitaminEncoder),
+    "branches": (BranchEncoderConfig, BranchEncoder),
+    "pair": (PairEncoderConfig, PairEncoder),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
+    "attention": (AttentionResamplerConfig, AttentionResampler),
     "latent": (LatentResamplerConfig, LatentResampler),
     "qformer": (QFormerResamplerConfig, QFormerResampler),
     "registers": (RegisterResamplerConfig, RegisterResampler),
@@ -58,10 +72,12 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
     "vit": (ViTDecoderConfig, ViTDecoder),
     "pyramid": (PyramidDecoderConfig, PyramidDecoder),
+    "vitamin": (VitaminDecoderConfig, VitaminDecoder),
     "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
+    "dual": (DualDecoderConfig, DualDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "none": (NoDecoderConfig, NoDecoder),
 }

@@ -101,6 +101,7 @@ def rename(
         ValueError: a key that no rule takes, or two keys with one target.
     """
     parts: dict[str, dict[int, torch.Tensor]] = {}
+    axes: dict[str, int] = {}
     dropped, unmapped = [], []
     for key, tensor in weights.items():
         rules = [(rule, match) for rule in plan.renames if (match := re.fullmatch(rule.pattern, key))]
@@ -116,6 +117,7 @@ def rename(
         else:
             rule, match = rules[0]
             target, place = match.expand(rule.target), rule.part or 0
+            axes[target] = rule.axis
             if place in parts.setdefault(target, {}):
                 raise ValueError(f"Key {key!r} becomes {target!r}, as another key did; these are not its weights.")
             parts[target][place] = (tensor if rule.change is None else rule.change(tensor)).to(
@@ -123,13 +125,13 @@ def rename(
             )
     if unmapped:
         raise ValueError(f"No rule takes {_named(unmapped)}. Are these weights of another system?")
-    ours = {target: _stacked(found) for target, found in parts.items()}
+    ours = {target: _stacked(found, axes[target]) for target, found in parts.items()}
     return ours, dropped
 
 
-def _stacked(parts: dict[int, torch.Tensor]) -> torch.Tensor:
+def _stacked(parts: dict[int, torch.Tensor], axis: int) -> torch.Tensor:
     tensors = [parts[place] for place in sorted(parts)]
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0].contiguous()
+    return torch.cat(tensors, dim=axis) if len(tensors) > 1 else tensors[0].contiguous()
 
 
 def _summary(model: PreTrainedModel) -> str:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import difflib
 
-from unimm.conversion.maps import flextok, lavit, llamagen, seed, seed_voken, tar, titok, xomni, xomni_lm
+from unimm.conversion.maps import (
+    evotok,
+    flextok,
+    fqgan,
+    lavit,
+    llamagen,
+    seed,
+    seed_voken,
+    tar,
+    titok,
+    tokenflow,
+    unitok,
+    xomni,
+    xomni_lm,
+)
 from unimm.conversion.upstream import Upstream
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -23,6 +37,12 @@ UPSTREAMS: dict[str, Upstream] = {
         seed.TOKENIZER,
         flextok.TOKENIZER,
         lavit.TOKENIZER,
+        fqgan.DUAL,
+        fqgan.TRIPLE,
+        evotok.TOKENIZER,
+        tokenflow.TOKENIZER,
+        unitok.UNITOK,
+        unitok.MEDITOK,
     )
 }
 

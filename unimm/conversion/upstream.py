@@ -25,12 +25,14 @@ class Rename:
         target: our key, with the groups of the pattern.
         change: how the tensor changes, where its layout differs from ours.
         part: where several upstream tensors are stacked into one of ours, the place of this one.
+        axis: along which they are.
     """
 
     pattern: str
     target: str
     change: Callable[[torch.Tensor], torch.Tensor] | None = None
     part: int | None = None
+    axis: int = 0
 
 
 @dataclass(frozen=True)

@@ -111,11 +111,11 @@ class Halve(nn.Module):
 
 
 class Double(nn.Module):
-    """Repeat every position 2 x 2 times, then a 3x3 convolution."""
+    """Repeat every position 2 x 2 times, then a 3x3 convolution, to `out_channels` or as many as came in."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))

@@ -2,7 +2,9 @@
 
 from unimm.codec.quantizers.base import Quantized, Quantizer
 from unimm.codec.quantizers.product import ProductVQ, ProductVQConfig
+from unimm.codec.quantizers.residual import ResidualVQ, ResidualVQConfig
 from unimm.codec.quantizers.scalar import FSQ, FSQConfig
+from unimm.codec.quantizers.scales import ScaleVQ, ScaleVQConfig
 from unimm.codec.quantizers.sign import SignConfig, SignQuantizer
 from unimm.codec.quantizers.vector import VQ, VQConfig
 
@@ -10,6 +12,8 @@ QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
     "vq": (VQConfig, VQ),
     "fsq": (FSQConfig, FSQ),
     "product": (ProductVQConfig, ProductVQ),
+    "residual": (ResidualVQConfig, ResidualVQ),
+    "scales": (ScaleVQConfig, ScaleVQ),
     "sign": (SignConfig, SignQuantizer),
 }
 
@@ -22,6 +26,10 @@ __all__ = [
     "ProductVQConfig",
     "Quantized",
     "Quantizer",
+    "ResidualVQ",
+    "ResidualVQConfig",
+    "ScaleVQ",
+    "ScaleVQConfig",
     "SignConfig",
     "SignQuantizer",
     "VQConfig",

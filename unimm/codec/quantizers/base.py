@@ -41,6 +41,10 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 `[B, N, K]` to float32 `[B, N, D]`."""
 
+    def out_dim(self, dim: int) -> int:
+        """Width of the vectors that codes stand for, where those that are quantised are `dim` wide."""
+        return dim
+
     @torch.no_grad()
     def code_vectors(self) -> tuple[torch.Tensor, ...]:
         """What each code of each slot stands for, K times float32 `[size, D of the slot]`."""

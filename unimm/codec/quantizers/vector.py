@@ -32,6 +32,8 @@ class VQConfig:
         raw_lookup: codes stand for the stored rows even where the search normalises them (X-Omni, 2507.22058).
         raw_rows: only the vectors are normalised; rows are compared and read as they are stored (LaVIT, 2309.04669).
         map_rows: the rows are a linear map of the stored table, which stays as it was drawn (SimVQ, 2411.02038).
+        parts: widths of the parts of a vector that are normalised apart, so that one code is the nearest in each of
+            them (TokenFlow, 2412.03069); empty to normalise it as a whole.
         restart_below: a row that an EMA codebook used less than this (average count per step) moves to a random
             vector of the batch; 0 never restarts.
     """
@@ -47,6 +49,7 @@ class VQConfig:
     raw_lookup: bool = False
     raw_rows: bool = False
     map_rows: bool = False
+    parts: tuple[int, ...] = ()
 
 
 class VQ(Quantizer):
@@ -54,7 +57,7 @@ class VQ(Quantizer):
 
     Raises:
         ValueError: fewer than two rows, a restart threshold without EMA counts, an unknown metric, vectors of another
-            width than the rows without projection, or mapped rows that would follow an EMA.
+            width than the rows without projection, mapped rows that would follow an EMA, or parts that are not a row.
     """
 
     usage: torch.Tensor
@@ -72,6 +75,8 @@ class VQ(Quantizer):
             raise ValueError(f"Vectors are {dim} wide and rows {config.dim}; make them equal, or set project: true.")
         if config.map_rows and config.ema_decay is not None:
             raise ValueError("map_rows trains the map alone; set ema_decay: null, or map_rows: false.")
+        if config.parts and (sum(config.parts) != config.dim or not config.normalize):
+            raise ValueError(f"parts are {config.parts}; they must add up to dim {config.dim}, under normalize: true.")
         self.config = config
         self.sizes = (config.size,)
         self.to_rows = nn.Linear(dim, config.dim) if config.project else nn.Identity()
@@ -139,7 +144,10 @@ class VQ(Quantizer):
         return self.row_map(self.codebook) if self.config.raw_lookup else self._rows()
 
     def _normalized(self, rows: torch.Tensor) -> torch.Tensor:
-        return F.normalize(rows, dim=-1) if self.config.normalize else rows
+        if not self.config.normalize:
+            return rows
+        parts = rows.split(self.config.parts or self.config.dim, dim=-1)
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1)
 
     @torch.no_grad()
     def _follow(self, latents: torch.Tensor, ids: torch.Tensor, decay: float) -> None:

@@ -19,15 +19,21 @@ DEFAULT_MULTIPLIERS = (1, 1, 2, 2, 4)
 IMAGE_SIZE = 256  # of training; in no configuration
 
 
-def conv_block_renames(side: str) -> tuple[Rename, ...]:
-    """The encoder's or decoder's keys; upstream counts the decoder's levels coarse to fine, as we do."""
+def conv_block_renames(side: str, target: str = "") -> tuple[Rename, ...]:
+    """The encoder's or decoder's keys; upstream counts the decoder's levels coarse to fine, as we do.
+
+    Args:
+        side: in upstream's names.
+        target: in ours; by default the same.
+    """
+    target = target or side
     return (
-        *under(side, side, ENDS),
-        *under(rf"{side}\.mid\.(?P<index>\d+)", rf"{side}.middle.\g<index>", BLOCK | ATTENTION),
-        *level(rf"{side}\.conv_blocks\.(?P<level>\d+)", rf"{side}.levels.\g<level>", block="res"),
+        *under(side, target, ENDS),
+        *under(rf"{side}\.mid\.(?P<index>\d+)", rf"{target}.middle.\g<index>", BLOCK | ATTENTION),
+        *level(rf"{side}\.conv_blocks\.(?P<level>\d+)", rf"{target}.levels.\g<level>", block="res"),
         *under(
             rf"{side}\.conv_blocks\.(?P<level>\d+)\.(?:down|up)sample",
-            rf"{side}.levels.\g<level>.resize",
+            rf"{target}.levels.\g<level>.resize",
             {"conv": "conv"},
         ),
     )

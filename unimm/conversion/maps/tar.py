@@ -83,6 +83,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
             "table_side": tower["image_size"] // patch,
             "final_norm": False,
             "tanh_gelu": True,
+            "drop_margin": size % patch > 0,
             "mean": 0.5,
             "std": 0.5,
         },
