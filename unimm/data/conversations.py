@@ -33,11 +33,13 @@ def converse(
     """Messages about one picture, of a task drawn at random.
 
     Args:
-        captions: phrasings, the canonical one first.
+        captions: phrasings, the canonical one first; a picture without any can only be drawn, from an empty request.
         questions: (question, answer) pairs.
         rates: shares of the tasks.
         rng: decides the task and the words.
     """
+    if not captions:
+        return [_user(""), _assistant([PICTURE])]
     weights = np.array([rates.draw, rates.read, rates.show])
     task = (_draw, _read, _show)[rng.choice(3, p=weights / weights.sum())]
     return task(captions, questions, rates, rng)
@@ -72,15 +74,18 @@ def _read(
 def _show(
     captions: Sequence[str], questions: Sequence[tuple[str, str]], rates: TaskRates, rng: np.random.Generator
 ) -> list[Message]:
-    """Text, a picture and text in one answer, then a question about what was drawn."""
+    """Text, a picture and text in one answer, then a question about what was drawn where there is any."""
     answer = [
         {"type": "text", "text": "here you are: "},
         PICTURE,
         {"type": "text", "text": f"this is {captions[0]}."},
     ]
-    question, reply = questions[int(rng.integers(len(questions)))]
+    turns = [questions[int(rng.integers(len(questions)))]] if questions else []
     request = _pick(SHOW_PHRASES, rng).format(_pick(captions, rng))
-    return [_user(request), _assistant(answer), _user(question), _assistant(reply)]
+    messages = [_user(request), _assistant(answer)]
+    for question, reply in turns:
+        messages += [_user(question), _assistant(reply)]
+    return messages
 
 
 def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
