@@ -5,13 +5,13 @@ import shutil
 import pytest
 import torch
 import yaml
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from test_grpo import curve, grpo_recipe
 
 from unimm import UniMMForConditionalGeneration
 from unimm.config import from_dict, read_yaml
 from unimm.data.rows import write_rows
-from unimm.training.adapter import AdapterConfig, lora_config, merge_adapter
+from unimm.training.adapter import AdapterConfig, begin_adapter, lora_config, merge_adapter
 from unimm.training.language import LanguageRecipe
 from unimm.training.recipe import train
 
@@ -38,9 +38,10 @@ def assert_adapted(before, after):
             assert new[name].equal(weight) != adapted, name
 
 
-def test_a_merged_model_has_the_logits_of_its_adapter(tiny):
+def test_a_merged_model_has_the_logits_of_its_adapter(tiny, tmp_path):
     model = UniMMForConditionalGeneration(tiny[0].config).eval()
-    adapted = get_peft_model(model, lora_config(model, from_dict(AdapterConfig, SMALL)))
+    config = from_dict(AdapterConfig, SMALL)
+    adapted = begin_adapter(model, config)
     plain_names = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
     assert any("trainable_tokens" in name for name in plain_names)
     assert not any("visual" in name for name in plain_names)
@@ -52,7 +53,7 @@ def test_a_merged_model_has_the_logits_of_its_adapter(tiny):
             if weight.requires_grad:
                 weight.add_(0.05 * torch.randn_like(weight))
         changed = adapted(ids).logits
-        merged = merge_adapter(adapted)(ids).logits
+        merged = merge_adapter(adapted, config, tmp_path)(ids).logits
     assert torch.allclose(merged, changed, atol=1e-5)
     assert not torch.allclose(merged, plain, atol=1e-3)
 

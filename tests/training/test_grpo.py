@@ -20,13 +20,12 @@ from unimm.training.grpo import (
     GrpoRecipe,
     GuardCallback,
     GuardConfig,
-    PromptsConfig,
     check_recipe,
     group_diversity,
     grpo_arguments,
-    make_prompts,
 )
 from unimm.training.policy import SamplingPolicy
+from unimm.training.prompts import PromptsConfig, make_prompts
 from unimm.training.recipe import train
 from unimm.training.run_directory import RunConfig, RunDirectory
 

@@ -20,7 +20,7 @@ from unimm.training.pool import held_out_pixels
 from unimm.training.recipe import STAGES, train
 from unimm.training.run_directory import RunConfig, RunDirectory
 
-RECIPES = ["codec", "detokenizer", "pretrain", "sft", "sft_lora", "grpo"]
+RECIPES = ["codec", "detokenizer", "pretrain", "sft", "sft_lora", "dpo", "grpo"]
 SHAPES = {"shapes": 1.0}
 TINY_CODEC = {
     "encoder": {"kind": "conv", "patch": 16, "channels": [8], "blocks": 1},

@@ -46,6 +46,12 @@ def test_the_codec_stays_frozen_and_in_eval_mode(tiny):
     model.eval()
 
 
+def test_a_loaded_codec_is_frozen_too(tiny_folder):
+    model = UniMMForConditionalGeneration.from_pretrained(tiny_folder)
+    assert not any(weight.requires_grad for weight in model.visual.parameters())
+    assert model.lm_head.weight.requires_grad
+
+
 def test_placeholders_become_the_codes_of_the_pictures(tiny):
     model = tiny[0]
     config, pixels = model.config, torch.rand(2, 3, 32, 32) * 2 - 1

@@ -1,15 +1,19 @@
-"""Pictures to code files and back."""
+"""Pictures to code files and back, and data sets to rows."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
 
 from unimm.codes import VisualCodes
+from unimm.data.sources import Source, tokenize_source
 from unimm.files import atomic_write
 from unimm.pipelines import UniMM, open_image
+from unimm.pipelines.load import SHIPPED
 
 
 def picture_to_codes(model: UniMM, source: str, target: str) -> None:
@@ -45,3 +49,24 @@ def codes_to_picture(model: UniMM, source: str, target: str) -> None:
         raise ValueError(f"{source} was made by codec {fingerprint}, this one is {model.model.codec.fingerprint()}.")
     with atomic_write(target) as path:
         model.decode([VisualCodes.from_grid(ids)])[0].image.save(path)
+
+
+def source_to_rows(arguments: argparse.Namespace) -> str:
+    """Write this process's share of a data set into a folder of rows, and say what became of its examples.
+
+    Raises:
+        ValueError: as `tokenize_source`.
+    """
+    fields = ("config", "split", "image", "text", "messages", "streaming")
+    source = Source(arguments.source, **{name: getattr(arguments, name) for name in fields})
+    report = tokenize_source(
+        source,
+        arguments.model or SHIPPED,
+        Path(arguments.output),
+        num_proc=arguments.num_proc,
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    reasons = "".join(f"; {number:,} {reason}" for reason, number in report.skipped.items())
+    num_rows = report.seen - report.num_skipped
+    return f"{num_rows:,} rows of {report.seen:,} examples, {report.num_skipped:,} skipped{reasons}"

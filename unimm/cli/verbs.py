@@ -98,24 +98,47 @@ def _chat(arguments: argparse.Namespace) -> None:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", help="key=value, for example optimizer.lr=1e-3")
+    parser.add_argument("--plan", action="store_true", help="say what it would take, and train nothing")
+    parser.add_argument("--world-size", type=int, default=1, help="of the plan: GPUs (default: 1)")
+    parser.add_argument("--gpu", default="h100", help="of the plan: rtx4090, a100, h100 or h200 (default: h100)")
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from unimm.training.plan import plan
     from unimm.training.recipe import train
 
+    if arguments.plan:
+        print(plan(arguments.recipe, arguments.overrides, world_size=arguments.world_size, gpu=arguments.gpu).to_text())
+        return
     print(train(arguments.recipe, arguments.overrides).root)
 
 
 def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a picture, or a .json file of codes")
-    parser.add_argument("-o", "--output", required=True, help="a .json file of codes, or a picture")
+    parser.add_argument("source", help="a picture, a .json file of codes, or a data set (Hub name, folder, file)")
+    parser.add_argument("-o", "--output", required=True, help="a .json file of codes, a picture, or a folder of rows")
+    data = parser.add_argument_group(
+        "data sets", "pictures to rows of codes; --model is a model with a codec, or a codec"
+    )
+    data.add_argument("--image", default="image", help="column of the pictures (default: image)")
+    data.add_argument("--text", help="column of captions")
+    data.add_argument("--messages", help="column of chat messages")
+    data.add_argument("--split", default="train", help="split (default: train)")
+    data.add_argument("--config", help="configuration of a data set on the Hub")
+    data.add_argument("--streaming", action="store_true", help="read in order, without a copy in the cache")
+    data.add_argument("--num-proc", type=int, default=1, help="processes (default: 1); torchrun adds more")
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
-    from unimm.cli.tokenize import codes_to_picture, picture_to_codes
+    from pathlib import Path
 
-    convert = codes_to_picture if arguments.source.endswith(".json") else picture_to_codes
-    convert(_load(arguments), arguments.source, arguments.output)
+    from unimm.cli.tokenize import codes_to_picture, picture_to_codes, source_to_rows
+
+    if arguments.source.endswith(".json"):
+        codes_to_picture(_load(arguments), arguments.source, arguments.output)
+    elif Path(arguments.output).suffix == ".json":
+        picture_to_codes(_load(arguments), arguments.source, arguments.output)
+    else:
+        print(source_to_rows(arguments))
     print(arguments.output)
 
 
@@ -169,6 +192,29 @@ def _export(arguments: argparse.Namespace) -> None:
     print(report.to_markdown())
 
 
+def _push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="directory of a finished run, for example runs/tiny-sft")
+    parser.add_argument("repository", help="owner/name on the Hub")
+    parser.add_argument("--folder", help="lay the repository out here instead of uploading it")
+    parser.add_argument("--detokenizer", help="a trained one, for example runs/tiny-detokenizer/model")
+    parser.add_argument("--licence", default="apache-2.0", help="as the Hub spells it (default: apache-2.0)")
+    parser.add_argument("--private", action="store_true", help="keep the repository private")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from unimm.hub import push_run, write_run_repository
+
+    run, repository, licence = Path(arguments.run), arguments.repository, arguments.licence
+    detokenizer = Path(arguments.detokenizer) if arguments.detokenizer else None
+    if arguments.folder:
+        target = Path(arguments.folder)
+        print(write_run_repository(run, target, repository=repository, licence=licence, detokenizer=detokenizer))
+        return
+    print(push_run(run, repository, private=arguments.private, licence=licence, detokenizer=detokenizer))
+
+
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("system", help="the published system, for example llamagen_vq")
     parser.add_argument("source", help="folder of upstream's config.json and weights.safetensors")
@@ -209,7 +255,13 @@ VERBS = (
         _train,
         needs_model=False,
     ),
-    Verb("tokenize", "picture to codes and back", "unimm tokenize a.png -o a.json", _tokenize_arguments, _tokenize),
+    Verb(
+        "tokenize",
+        "picture to codes and back; data set to rows",
+        "unimm tokenize pictures/ -o rows/ --text caption --num-proc 4",
+        _tokenize_arguments,
+        _tokenize,
+    ),
     Verb("evaluate", "measure a model", "unimm evaluate tiny --limit 20", _evaluate_arguments, _evaluate),
     Verb(
         "export",
@@ -217,6 +269,14 @@ VERBS = (
         "unimm export runs/tiny-sft/model model_cards/unimm-tiny",
         _export_arguments,
         _export,
+        needs_model=False,
+    ),
+    Verb(
+        "push",
+        "publish a finished run on the Hub, with a card made of it",
+        "unimm push runs/tiny-sft owner/name",
+        _push_arguments,
+        _push,
         needs_model=False,
     ),
     Verb(

@@ -46,10 +46,12 @@ def converse(texts: PictureTexts, rates: TaskRates, rng: np.random.Generator) ->
     """Messages about one picture, of a task drawn at random.
 
     Args:
-        texts: what there is to say.
+        texts: what there is to say; a picture without captions can only be drawn, from an empty request.
         rates: shares of the tasks.
         rng: decides the task and the words.
     """
+    if not texts.captions:
+        return [_user(""), _assistant([PICTURE])]
     weights = np.array([rates.draw, rates.read, rates.show])
     task = (_draw, _read, _show)[rng.choice(3, p=weights / weights.sum())]
     return task(texts, rates, rng)
@@ -79,15 +81,19 @@ def _read(texts: PictureTexts, rates: TaskRates, rng: np.random.Generator) -> li
 
 
 def _show(texts: PictureTexts, rates: TaskRates, rng: np.random.Generator) -> list[Message]:
-    """Text, a picture and text in one answer, then a question about what was drawn."""
+    """Text, a picture and text in one answer, then a question about what was drawn where there is any."""
     answer = [
         {"type": "text", "text": "here you are: "},
         PICTURE,
         {"type": "text", "text": f"this is {texts.description}."},
     ]
-    question, reply = texts.questions[int(rng.integers(len(texts.questions)))]
+    questions = texts.questions
+    turns = [questions[int(rng.integers(len(questions)))]] if questions else []
     request = _pick(SHOW_PHRASES, rng).format(_pick(texts.captions, rng))
-    return [_user(request), _assistant(answer), _user(question), _assistant(reply)]
+    messages = [_user(request), _assistant(answer)]
+    for question, reply in turns:
+        messages += [_user(question), _assistant(reply)]
+    return messages
 
 
 def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:

@@ -1,19 +1,22 @@
 """Pre-tokenised rows: pictures as codes without offset, with their words, in parquet shards.
 
-A manifest names what the shards were made from; a restart writes the missing shards only.
+A row has at most one picture. Its words are messages, or captions and questions that a stage makes messages of. A
+manifest names what the shards were made from; a restart writes the missing shards only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
-from pyarrow.parquet import read_metadata
+from pyarrow.parquet import read_metadata, write_table
 from tqdm import tqdm
 
 from unimm.codec import VisualCodecModel
@@ -24,6 +27,7 @@ from unimm.files import atomic_write
 
 SHARD_ROWS = 5_000
 ENCODE_BATCH = 50
+PART = {"type": Value("string"), "text": Value("string")}
 FEATURES = Features(
     {
         "codes": List(List(Value("uint32"))),
@@ -32,6 +36,7 @@ FEATURES = Features(
         "description": Value("string"),
         "captions": List(Value("string")),
         "questions": List(List(Value("string"))),
+        "messages": List({"role": Value("string"), "content": List(PART)}),
         "facts": Value("string"),
         "world": Value("string"),
         "category": Value("string"),
@@ -40,14 +45,28 @@ FEATURES = Features(
 )
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder of shards was made from."""
+REPORT_KEY = b"unimm"
 
-    worlds: dict[str, float]
-    num_rows: int
-    seed: int
-    fingerprint: str
+
+@dataclass(frozen=True)
+class ShardReport:
+    """How many examples were read for some shards, and how many of them became no row, by reason."""
+
+    seen: int
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
+
+    @classmethod
+    def total(cls, reports: Iterable[ShardReport]) -> ShardReport:
+        """The report of all shards together."""
+        seen, skipped = 0, Counter[str]()
+        for report in reports:
+            seen += report.seen
+            skipped.update(report.skipped)
+        return cls(seen, dict(skipped.most_common()))
 
 
 def write_rows(codec: VisualCodecModel, worlds: dict[str, float], *, num_rows: int, seed: int, folder: Path) -> None:
@@ -56,8 +75,8 @@ def write_rows(codec: VisualCodecModel, worlds: dict[str, float], *, num_rows: i
     Raises:
         ValueError: `folder` holds rows made from something else.
     """
-    manifest = Manifest(worlds, num_rows, seed, codec.fingerprint())
-    _check_manifest(manifest, folder)
+    fingerprint = codec.fingerprint()
+    check_manifest({"worlds": worlds, "num_rows": num_rows, "seed": seed, "fingerprint": fingerprint}, folder)
     mixture = Mixture(worlds, seed=seed)
     starts = range(0, num_rows, SHARD_ROWS)
     for start in tqdm(starts, desc=f"tokenizing {num_rows} pictures", unit="shard"):
@@ -66,9 +85,22 @@ def write_rows(codec: VisualCodecModel, worlds: dict[str, float], *, num_rows: i
             continue
         stop = min(start + SHARD_ROWS, num_rows)
         batches = [range(first, min(first + ENCODE_BATCH, stop)) for first in range(start, stop, ENCODE_BATCH)]
-        rows = [row for batch in batches for row in _encode(codec, mixture, batch, manifest.fingerprint)]
-        with atomic_write(path) as temporary:
-            Dataset.from_list(rows, features=FEATURES).to_parquet(str(temporary))
+        rows = [row for batch in batches for row in _encode(codec, mixture, batch, fingerprint)]
+        write_shard(rows, path, ShardReport(len(rows)))
+
+
+def write_shard(rows: Sequence[Mapping[str, Any]], path: Path, report: ShardReport) -> None:
+    """Write rows, whose missing columns are null, and the report into one file at once."""
+    columns = {name: [row.get(name) for row in rows] for name in FEATURES}
+    table = Dataset.from_dict(columns, features=FEATURES).data.table
+    metadata = {**(table.schema.metadata or {}), REPORT_KEY: json.dumps(asdict(report)).encode()}
+    with atomic_write(path) as temporary:
+        write_table(table.replace_schema_metadata(metadata), temporary)
+
+
+def read_report(path: Path) -> ShardReport:
+    """The report in a shard."""
+    return ShardReport(**json.loads(read_metadata(path).metadata[REPORT_KEY]))
 
 
 def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
@@ -79,8 +111,10 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
     """
     files = sorted(str(path) for path in folder.glob("rows-*.parquet") if read_metadata(path).num_rows)
     if not files:
-        raise ValueError(f"{folder} holds no rows; write them first (the pretrain stage does, or `unimm train`).")
-    rows = load_dataset("parquet", data_files=files, split="train", features=FEATURES)
+        raise ValueError(
+            f"{folder} holds no rows; write them first (unimm tokenize, or a pretrain stage that names worlds)."
+        )
+    rows = load_dataset("parquet", data_files=files, split="train")
     found = rows[0]["fingerprint"]
     if found != codec.fingerprint():
         raise ValueError(
@@ -90,15 +124,42 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
     return rows
 
 
-def row_codes(row: dict) -> VisualCodes:
-    """The picture of a row."""
+def row_pictures(row: Mapping[str, Any]) -> list[VisualCodes]:
+    """The picture of a row, or none.
+
+    Raises:
+        ValueError: another number of codes than its height and width have cells.
+    """
     ids = torch.tensor(row["codes"], dtype=torch.int64)  # [N, K]
-    return VisualCodes.from_grid(ids.view(1, row["height"], row["width"], -1))
+    if len(ids) != row["height"] * row["width"]:
+        raise ValueError(
+            f"A row has {len(ids)} codes for {row['height']} x {row['width']} cells; write its shard again."
+        )
+    return [VisualCodes.from_grid(ids.view(1, row["height"], row["width"], -1))] if len(ids) else []
 
 
-def row_texts(row: dict) -> PictureTexts:
-    """What is said about the picture of a row."""
-    return PictureTexts(row["description"], row["captions"], [tuple(pair) for pair in row["questions"]])
+def check_manifest(made_from: Mapping[str, Any], folder: Path) -> None:
+    """Name what a folder's shards are made from, or check it.
+
+    Raises:
+        ValueError: `folder` holds rows made from something else.
+    """
+    path = folder / "manifest.json"
+    if path.exists():
+        if json.loads(path.read_text()) != made_from:
+            raise ValueError(
+                f"{folder} holds rows of another recipe or codec, or of another source; delete it, or name another."
+            )
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(made_from, indent=2) + "\n")
+
+
+def row_texts(row: Mapping[str, Any]) -> PictureTexts:
+    """What is said about the picture of a row; without a description of its own, the first caption is one."""
+    captions = row["captions"] or []
+    description = row["description"] or next(iter(captions), "")
+    return PictureTexts(description, captions, [(question, answer) for question, answer in row["questions"] or []])
 
 
 def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], fingerprint: str) -> list[dict]:
@@ -121,13 +182,3 @@ def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], f
         }
         for position, (world, example) in enumerate(examples)
     ]
-
-
-def _check_manifest(manifest: Manifest, folder: Path) -> None:
-    path = folder / "manifest.json"
-    if path.exists():
-        if json.loads(path.read_text()) != asdict(manifest):
-            raise ValueError(f"{folder} holds rows of another recipe or codec; delete it or name another folder.")
-        return
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n")

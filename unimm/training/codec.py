@@ -17,10 +17,11 @@ from unimm.scorers.reconstruction import psnr
 from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
-from unimm.training.pool import PoolConfig, held_out_pixels, render_once
+from unimm.training.pool import Pool, PoolConfig, prepare_pool
 from unimm.training.run_directory import RunConfig, RunDirectory
 
 SHEET_SIZE = 16
+HELD_OUT = 96  # pictures per world, or of the source
 COUNTED, COUNT_BATCH = 2_000, 50  # pictures whose codes say which rows stay, and how many are encoded at once
 
 
@@ -50,12 +51,12 @@ class CodecRecipe:
 class CodecTask:
     """Reconstruction losses, and figures on held-out scenes."""
 
-    def __init__(self, recipe: CodecRecipe, pool: np.ndarray) -> None:
+    def __init__(self, recipe: CodecRecipe, pool: Pool) -> None:
         self.recipe = recipe
-        self.pool = pool
+        self.pool = pool.pictures
+        self.held_out = pool.held_out
         self.codec = VisualCodecModel(VisualCodecConfig(**recipe.model)).to(memory_format=torch.channels_last)
         self.model: nn.Module = self.codec
-        self.held_out = {name: held_out_pixels(name) for name in recipe.data.worlds}
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.recipe.run.seed, step, rank])
@@ -114,6 +115,7 @@ def reconstruction_losses(
 def train_codec(recipe: CodecRecipe) -> RunDirectory:
     """Train a codec and save it, with its image processor, under `model/` of the run directory."""
     torch.manual_seed(recipe.run.seed)
-    pool = render_once(recipe.data, RunDirectory(recipe.run), recipe.run.seed)
+    config = VisualCodecConfig(**recipe.model)
+    pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision)
     return run_loop(CodecTask(recipe, pool), loop, recipe)

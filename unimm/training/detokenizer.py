@@ -21,10 +21,10 @@ from unimm.scorers.reconstruction import psnr
 from unimm.training.loop import ON_CPU, LoggingConfig, LoopConfig, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
-from unimm.training.pool import PoolConfig, held_out_pixels, render_once
+from unimm.training.pool import Pool, PoolConfig, prepare_pool
 from unimm.training.run_directory import RunConfig, RunDirectory
 
-VALIDATION_SIZE = 24  # pictures per world, each drawn in `VALIDATION_STEPS` steps
+HELD_OUT = 24  # pictures per world, or of the source, each drawn in `VALIDATION_STEPS` steps
 VALIDATION_STEPS = 8
 SHEET_SIZE = 8
 ENCODE_BATCH = 100
@@ -57,15 +57,15 @@ class DetokenizerTask:
     Args:
         recipe: of the stage.
         codec: frozen.
-        pool: uint8 `[S, H, W, 3]`.
+        pool: pictures to learn from, and some that are held out.
         codes: int64 `[S, N, K]`, of the pool.
     """
 
-    def __init__(self, recipe: DetokenizerRecipe, codec: VisualCodecModel, pool: np.ndarray, codes: torch.Tensor):
-        self.recipe, self.codec, self.pool, self.codes = recipe, codec, pool, codes
+    def __init__(self, recipe: DetokenizerRecipe, codec: VisualCodecModel, pool: Pool, codes: torch.Tensor) -> None:
+        self.recipe, self.codec, self.pool, self.codes = recipe, codec, pool.pictures, codes
+        self.held_out = pool.held_out
         self.transformer = begin_transformer(recipe, codec)
         self.model: nn.Module = self.transformer
-        self.held_out = {name: held_out_pixels(name, VALIDATION_SIZE) for name in recipe.data.worlds}
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.recipe.run.seed, step, rank])
@@ -148,8 +148,8 @@ def train_detokenizer(recipe: DetokenizerRecipe) -> RunDirectory:
     torch.manual_seed(recipe.run.seed)
     directory = RunDirectory(recipe.run)
     codec = VisualCodecModel.from_pretrained(recipe.codec).eval()
-    pool = render_once(recipe.data, directory, recipe.run.seed)
+    pool = prepare_pool(recipe.data, codec.config, directory, seed=recipe.run.seed, held_out=HELD_OUT)
     with PartialState(cpu=ON_CPU).local_main_process_first():
-        codes = encode_pool(codec, pool, directory.root / "codes.npy")
+        codes = encode_pool(codec, pool.pictures, directory.root / "codes.npy")
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision)
     return run_loop(DetokenizerTask(recipe, codec, pool, codes), loop, recipe)

@@ -1,7 +1,7 @@
 """Reinforcement learning on drawings with TRL's GRPO (2402.03300), scored under the distribution that was sampled from.
 
-Prompts come from the training split of the rendered worlds, rollouts are pictures that the codec's own decoder paints,
-rewards are functions of `unimm.rewards`. Each reward is normalised within its group before they are summed.
+Rollouts are pictures that the codec's own decoder paints, rewards are functions of `unimm.rewards`. Each reward is
+normalised within its group before they are summed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -19,33 +18,21 @@ from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from unimm.codec import VisualCodecModel
-from unimm.codes import VisualCodes
-from unimm.data.conversations import drawing_request
-from unimm.data.pictures import to_pictures
-from unimm.data.worlds import WORLDS
-from unimm.rewards import REWARDS, Drawing, Reward, RewardMixture, load_alignment
+from unimm.rewards import Drawing, Reward, RewardMixture
 from unimm.scorers.facts import SceneFacts
-from unimm.sequence import ImagePart, UniMMProcessor
-from unimm.training.adapter import AdapterConfig, lora_config
-from unimm.training.language import RunCallback, SamplingConfig, run_to_end
+from unimm.sequence import UniMMProcessor
+from unimm.training.adapter import AdapterConfig, hold_in_float32, load_model, lora_config
+from unimm.training.begin import SamplingConfig
+from unimm.training.language import RunCallback, run_to_end
 from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import plot_metrics
 from unimm.training.policy import SamplingPolicy
+from unimm.training.prompts import PromptsConfig, choose_rewards, draw, make_prompts
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
 
-DECODE_BATCH = 64
 LOGGED = ("reward", "entropy", "kl", "diversity", "group_reward_std", "ratio_deviation", "step_time")
-
-
-@dataclass(frozen=True)
-class PromptsConfig:
-    """What is asked for: categories of the worlds, with their shares, from the training split."""
-
-    categories: dict[str, float]
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,11 +87,15 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class GrpoLoggingConfig:
-    """Steps between log lines, between sample sheets, and between checkpoints."""
+    """Steps between log lines, between sample sheets, and between checkpoints; and who else gets the log.
+
+    `report_to` names loggers of transformers, as `tensorboard` or `trackio`; the run directory has the log anyway.
+    """
 
     every: int = 1
     sample_every: int = 20
     save_every: int = 20
+    report_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,8 @@ class GrpoRecipe:
         rewards: names and weights; `alignment` needs `alignment_model`.
         alignment_model: folder or Hub name of a CLIP-like model.
         sampling: of the rollouts.
-        adapter: train a low-rank adapter; without this section all weights are trained.
+        adapter: train a part of the weights only; without this section all of them are trained.
+        gradient_checkpointing: compute activations twice rather than keep them.
         bf16: faster, but cached sampling and scoring then differ by more than a thousandth.
     """
 
@@ -134,6 +126,7 @@ class GrpoRecipe:
     alignment_model: str | None = None
     adapter: AdapterConfig | None = None
     bf16: bool = False
+    gradient_checkpointing: bool = False
 
 
 class PictureReward:
@@ -196,6 +189,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
                 rollout_func=self._roll_out,
                 peft_config=None if recipe.adapter is None else lora_config(model, recipe.adapter),
             )
+        hold_in_float32(self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         self.optimizer = build_optimizer(model or self.model, self.recipe.optimizer)
@@ -203,51 +197,15 @@ class DrawingGRPOTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, list | None]:
         """Draw all prompts as one batch. The log-probabilities of the very first drawings are kept for the check."""
-        encoded = self.processor.apply_chat_template(
-            prompts,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True},
-        ).to(self.accelerator.device)
-        grammar, sampling = self.policy.grammar, self.recipe.sampling
-        opening, end = grammar.vocabulary.boi_token_id, grammar.vocabulary.eoi_token_id
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, torch.no_grad():
-            training = model.training
-            model.eval()
-            output = model.generate(
-                **encoded,
-                generation_mode="image",
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=0,
-                guidance_scale=sampling.guidance_scale,
-                max_new_tokens=grammar.longest,
-                return_dict_in_generate=True,
-                output_scores=self._step == 0,
-            )
-            model.train(training)
-        drawn = output.sequences[:, encoded["input_ids"].shape[1] + 1 :]
-        lengths = ((drawn == end).int().argmax(dim=1) + 1).tolist()
-        completions = [row[:length] for row, length in zip(drawn.tolist(), lengths, strict=True)]
-        asked = [
-            [*ids[mask.bool()].tolist(), opening]
-            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-        ]
-        log_probs = None
-        if output.scores is not None:
-            steps = [scores.float().log_softmax(dim=1) for scores in output.scores]
-            taken = torch.stack([s.gather(1, drawn[:, i, None])[:, 0] for i, s in enumerate(steps)], dim=1)
-            log_probs = [row[:length] for row, length in zip(taken.tolist(), lengths, strict=True)]
-        self._log_metric("diversity", group_diversity(drawn[:, :-1], self.num_generations))
-        parts = [self.processor.parse([opening, *row])[0] for row in completions]
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            first = self._step == 0
+            drawn = draw(model, self.processor, prompts, self.recipe.sampling, log_probs=first)
+        self._log_metric("diversity", group_diversity(drawn.ids[:, :-1], self.num_generations))
         return {
-            "prompt_ids": asked,
-            "completion_ids": completions,
-            "logprobs": log_probs,
-            "picture": paint(self.accelerator.unwrap_model(self.model).codec, parts),
+            "prompt_ids": drawn.prompt_ids,
+            "completion_ids": drawn.completion_ids,
+            "logprobs": drawn.log_probs,
+            "picture": drawn.pictures,
         }
 
     def _get_per_token_logps_and_entropies(
@@ -357,8 +315,8 @@ def train_grpo(recipe: GrpoRecipe) -> RunDirectory:
     set_seed(recipe.run.seed)
     directory = RunDirectory(recipe.run)
     directory.start(recipe)
-    rewards = choose_rewards(recipe)
-    model = UniMMForConditionalGeneration.from_pretrained(recipe.init_from, dtype=torch.float32)
+    rewards = choose_rewards(recipe.rewards, recipe.alignment_model)
+    model = load_model(recipe.init_from, recipe.adapter)
     processor = UniMMProcessor.from_pretrained(recipe.init_from)
     arguments = grpo_arguments(recipe, directory, rewards, processor.grammar.longest)
     rounds = -(-recipe.optimizer.steps // recipe.objective.updates)
@@ -372,7 +330,7 @@ def train_grpo(recipe: GrpoRecipe) -> RunDirectory:
         rewards=rewards,
         callbacks=[RunCallback(directory, processor, recipe.logging.sample_every), guard],
     )
-    run_to_end(trainer, directory, processor)
+    run_to_end(trainer, directory, processor, recipe.adapter)
     if guard.tripped and trainer.is_world_process_zero():
         plot_metrics(directory.metrics(), directory.plots / "metrics.png")
         print(f"Stopped at step {trainer.state.global_step}: {guard.tripped} stayed below guards.{guard.tripped}.")
@@ -399,44 +357,6 @@ def check_recipe(recipe: GrpoRecipe) -> None:
         )
 
 
-def choose_rewards(recipe: GrpoRecipe) -> RewardMixture:
-    """The rewards of a recipe.
-
-    Raises:
-        ValueError: an unknown name, or no positive weight.
-    """
-    known = dict(REWARDS)
-    if recipe.alignment_model is not None:
-        known["alignment"] = load_alignment(recipe.alignment_model)
-    return RewardMixture.choose(recipe.rewards, known)
-
-
-def make_prompts(config: PromptsConfig, number: int) -> Dataset:
-    """Requests and the facts of what they ask for; item i is a pure function of the seed and i.
-
-    Raises:
-        ValueError: no weight, or an unknown category.
-    """
-    homes = {category: world for world, kind in WORLDS.items() for category in kind.categories}
-    unknown = [name for name in config.categories if name not in homes]
-    if unknown or not config.categories or sum(config.categories.values()) <= 0:
-        raise ValueError(
-            f"prompts.categories are {config.categories}; give positive weights to some of {', '.join(homes)}."
-        )
-    names = list(config.categories)
-    shares = np.array(list(config.categories.values())) / sum(config.categories.values())
-    worlds = {home: WORLDS[home](split="train", seed=config.seed) for home in {homes[name] for name in names}}
-    rows = []
-    for index in range(number):
-        rng = np.random.default_rng([config.seed, 2, index])
-        category = names[rng.choice(len(names), p=shares)]
-        example = worlds[homes[category]].example(index, category=category)
-        caption = example.captions[rng.integers(len(example.captions))]
-        prompt = [{"role": "user", "content": drawing_request(caption, rng)}]
-        rows.append({"prompt": prompt, "facts": example.facts.to_json()})
-    return Dataset.from_list(rows)
-
-
 def grpo_arguments(
     recipe: GrpoRecipe, directory: RunDirectory, rewards: RewardMixture, completion_length: int
 ) -> GRPOConfig:
@@ -459,16 +379,16 @@ def grpo_arguments(
         reward_weights=list(rewards.weights.values()),
         disable_dropout=True,
         shuffle_dataset=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=recipe.gradient_checkpointing,
         warmup_steps=recipe.optimizer.warmup,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=recipe.optimizer.schedule,
         max_grad_norm=recipe.optimizer.clip,
         bf16=recipe.bf16,
         logging_steps=recipe.logging.every,
         logging_nan_inf_filter=False,  # it would hide what RunCallback looks for
         save_steps=recipe.logging.save_every,
         save_total_limit=2,
-        report_to="none",
+        report_to=list(recipe.logging.report_to) or "none",
         seed=recipe.run.seed,
         remove_unused_columns=False,
         use_cpu=ON_CPU,
@@ -480,24 +400,3 @@ def group_diversity(drawn: torch.Tensor, group_size: int) -> float:
     groups = drawn.view(-1, group_size, drawn.shape[1])
     differ = (groups[:, :, None] != groups[:, None]).float().mean(dim=-1)  # [P, G, G], 0 on the diagonal
     return float(differ.sum(dim=(1, 2)).mean()) / (group_size * (group_size - 1))
-
-
-@torch.no_grad()
-def paint(codec: VisualCodecModel, parts: Sequence[Any]) -> list[Image.Image | None]:
-    """Pictures by the codec's decoder, those of one grid together; None where a part is no whole picture."""
-    pictures: list[Image.Image | None] = [None] * len(parts)
-    whole = [place for place, part in enumerate(parts) if isinstance(part, ImagePart) and part.complete]
-    by_grid: dict[Any, list[int]] = {}
-    for place in whole:
-        codes = parts[place].codes
-        by_grid.setdefault((codes.ids.shape[1], tuple(codes.grid or ())), []).append(place)
-    for places in by_grid.values():
-        for start in range(0, len(places), DECODE_BATCH):
-            batch = places[start : start + DECODE_BATCH]
-            codes = [parts[place].codes for place in batch]
-            grids = [grid for single in codes for grid in single.grid or ()] or None
-            ids, mask = torch.cat([single.ids for single in codes]), torch.cat([single.mask for single in codes])
-            decoded = to_pictures(codec.pictures(VisualCodes(ids, mask, grids).to(codec.device)))
-            for place, picture in zip(batch, decoded, strict=True):
-                pictures[place] = picture
-    return pictures

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from pytorch_optimizer import Muon
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unimm.nn.blocks import MLP, SelfAttention
 from unimm.nn.conv import LocalBlock, ResidualBlock
 
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 # The decoder layers of every language model of transformers are of the first class.
 RESIDUAL_BLOCKS = (GradientCheckpointingLayer, SelfAttention, MLP, LocalBlock, ResidualBlock)
 
@@ -24,20 +25,29 @@ class OptimizerConfig:
 
     Args:
         steps: optimiser steps in all.
-        lr: peak learning rate; it rises over `warmup` steps and falls to zero by a cosine.
+        lr: peak learning rate; it rises over `warmup` steps.
+        schedule: what follows: `cosine` falls to zero, `linear` too, `constant_with_warmup` stays.
         muon_lr: peak learning rate of Muon (Jordan et al., 2024), which then takes the matrices of residual
             blocks; None leaves all weights to AdamW.
         clip: largest gradient norm.
         betas, weight_decay: of AdamW; vectors (norms, biases) are not decayed.
+
+    Raises:
+        ValueError: an unknown schedule.
     """
 
     steps: int
     lr: float = 1e-3
+    schedule: str = "cosine"
     muon_lr: float | None = None
     warmup: int = 100
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -56,8 +66,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """Warm-up, then a cosine to zero."""
-    return get_cosine_schedule_with_warmup(optimizer, config.warmup, config.steps)
+    """Warm-up, then what the recipe says."""
+    return get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup, num_training_steps=config.steps)
 
 
 def _hidden_matrices(model: nn.Module) -> set[torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from unimm.config import from_dict, read_yaml, set_by_path
 from unimm.training.codec import CodecRecipe, train_codec
 from unimm.training.detokenizer import DetokenizerRecipe, train_detokenizer
+from unimm.training.dpo import DpoRecipe, train_dpo
 from unimm.training.grpo import GrpoRecipe, train_grpo
 from unimm.training.language import LanguageRecipe, train_language
 from unimm.training.run_directory import RunDirectory
@@ -18,6 +19,7 @@ STAGES: dict[str, tuple[type, Callable[[Any], RunDirectory]]] = {
     "detokenizer": (DetokenizerRecipe, train_detokenizer),
     "pretrain": (LanguageRecipe, train_language),
     "sft": (LanguageRecipe, train_language),
+    "dpo": (DpoRecipe, train_dpo),
     "grpo": (GrpoRecipe, train_grpo),
 }
 
@@ -28,16 +30,24 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> RunDirector
     Raises:
         ValueError: an unknown task, key or value.
     """
+    recipe = read_recipe(recipe_path, overrides)
+    directory = RunDirectory(recipe.run)
+    if directory.finished:
+        print(f"{directory.root} is finished; delete it to train again.")
+        return directory
+    return STAGES[recipe.task][1](recipe)
+
+
+def read_recipe(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The recipe in a file, of the class of its task.
+
+    Raises:
+        ValueError: an unknown task, key or value.
+    """
     data = read_yaml(recipe_path)
     for override in overrides:
         set_by_path(data, override)
     task = data.get("task")
     if task not in STAGES:
         raise ValueError(f"{recipe_path}: task is {task!r}; it must be one of {', '.join(STAGES)}.")
-    recipe_class, run = STAGES[task]
-    recipe: Any = from_dict(recipe_class, data, where=str(recipe_path))
-    directory = RunDirectory(recipe.run)
-    if directory.finished:
-        print(f"{directory.root} is finished; delete it to train again.")
-        return directory
-    return run(recipe)
+    return from_dict(STAGES[task][0], data, where=str(recipe_path))

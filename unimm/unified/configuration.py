@@ -28,6 +28,7 @@ class UniMMConfig(PreTrainedConfig):
             "max_positions"}`.
         null_prompt_ids: the unconditional prompt of guidance.
         image_loss_weight: weight of a code against a text token in the loss.
+        z_loss_weight: weight of the squared log of the softmax's divisor in the loss.
 
     Raises:
         ValueError: rows, structural ids and shapes that do not fit each other, or more vision layers than layers.
@@ -54,6 +55,7 @@ class UniMMConfig(PreTrainedConfig):
     vision_layers_after: int = 0
     vision_norm: bool = False
     image_loss_weight: float = 1.0
+    z_loss_weight: float = 0.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -82,10 +82,10 @@ class UniMMModel(UniMMPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> UniMMModel:
-        """The codec is frozen and stays in eval mode."""
+        """The codec is frozen and stays in eval mode; loading has made its weights trainable."""
         super().train(mode)
         if self.visual is not None:
-            self.visual.eval()
+            self.visual.eval().requires_grad_(False)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -270,6 +270,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             labels,
             self.config.vocabulary,
             image_weight=self.config.image_loss_weight,
+            z_weight=self.config.z_loss_weight,
             num_targets=num_items_in_batch,
         )
         result.loss, result.text_loss, result.image_loss = factored.loss, factored.text_loss, factored.image_loss

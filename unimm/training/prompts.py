@@ -1,0 +1,218 @@
+"""What the preference stages (GRPO, DPO) draw and judge: prompts in, drawings and their rewards out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from PIL import Image
+
+from unimm.codec import VisualCodecModel
+from unimm.codes import VisualCodes
+from unimm.data.conversations import Message, drawing_request
+from unimm.data.pictures import to_pictures
+from unimm.data.worlds import WORLDS
+from unimm.rewards import REWARDS, RewardMixture, load_alignment
+from unimm.scorers.facts import SceneFacts
+from unimm.sequence import ImagePart, UniMMProcessor
+from unimm.training.begin import SamplingConfig
+from unimm.training.loop import ON_CPU
+from unimm.unified import UniMMForConditionalGeneration
+
+DECODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """What is asked for: categories of the worlds from the training split, or prompts of a data set.
+
+    Args:
+        categories: of the worlds, with their shares.
+        source: Hub name, folder or file that `datasets` reads, with its prompts in `column`.
+        seed: of the order.
+
+    Raises:
+        ValueError: neither categories nor source, or both.
+    """
+
+    categories: dict[str, float] = field(default_factory=dict)
+    source: str | None = None
+    column: str = "prompt"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.categories) == bool(self.source):
+            raise ValueError(
+                f"prompts.categories are {self.categories} and prompts.source is {self.source!r}; give positive "
+                f"weights to some of {', '.join(homes())}, or name a data set."
+            )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures that a model drew, one per prompt.
+
+    Args:
+        prompt_ids: ids of each prompt, its opening of a picture included.
+        completion_ids: what was drawn, the end of the picture included.
+        ids: the same as one block `[B, C]`.
+        log_probs: of the drawn ids under the distribution that they were sampled from, where they were asked for.
+        pictures: by the codec's decoder; None where a picture is not whole.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    ids: torch.Tensor
+    log_probs: list[list[float]] | None
+    pictures: list[Image.Image | None]
+
+
+@torch.no_grad()
+def draw(
+    model: UniMMForConditionalGeneration,
+    processor: UniMMProcessor,
+    prompts: Sequence[list[Message]],
+    sampling: SamplingConfig,
+    *,
+    log_probs: bool = False,
+) -> Drawn:
+    """One picture for each prompt, all as one batch."""
+    encoded = processor.apply_chat_template(
+        list(prompts),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True},
+    ).to(model.device)
+    vocabulary, grammar = processor.vocabulary, processor.grammar
+    training = model.training
+    model.eval()
+    output = model.generate(
+        **encoded,
+        generation_mode="image",
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0,
+        guidance_scale=sampling.guidance_scale,
+        max_new_tokens=grammar.longest,
+        return_dict_in_generate=True,
+        output_scores=log_probs,
+    )
+    model.train(training)
+    drawn = output.sequences[:, encoded["input_ids"].shape[1] + 1 :]
+    lengths = ((drawn == vocabulary.eoi_token_id).int().argmax(dim=1) + 1).tolist()
+    completions = [row[:length] for row, length in zip(drawn.tolist(), lengths, strict=True)]
+    taken = None
+    if log_probs:
+        steps = [scores.float().log_softmax(dim=1) for scores in output.scores]
+        chosen = torch.stack([s.gather(1, drawn[:, i, None])[:, 0] for i, s in enumerate(steps)], dim=1)
+        taken = [row[:length] for row, length in zip(chosen.tolist(), lengths, strict=True)]
+    parts = [processor.parse([vocabulary.boi_token_id, *row])[0] for row in completions]
+    return Drawn(
+        prompt_ids=[
+            [*ids[mask.bool()].tolist(), vocabulary.boi_token_id]
+            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+        ],
+        completion_ids=completions,
+        ids=drawn,
+        log_probs=taken,
+        pictures=paint(model.codec, parts),
+    )
+
+
+def choose_rewards(weights: dict[str, float], alignment_model: str | None) -> RewardMixture:
+    """The rewards of a recipe; `alignment` judges by a CLIP-like model, a folder or a Hub name.
+
+    Raises:
+        ValueError: an unknown name, or no positive weight.
+    """
+    known = dict(REWARDS)
+    if alignment_model is not None:
+        known["alignment"] = load_alignment(alignment_model, PartialState(cpu=ON_CPU).device)
+    return RewardMixture.choose(weights, known)
+
+
+def make_prompts(config: PromptsConfig, number: int) -> Dataset:
+    """Requests and the facts of what they ask for; item i is a pure function of the seed and i.
+
+    Raises:
+        ValueError: no weight, or an unknown category.
+    """
+    if config.source is not None:
+        return read_prompts(config.source, config.column, config.seed, number)
+    home = homes()
+    if not home.keys() >= config.categories.keys() or sum(config.categories.values()) <= 0:
+        raise ValueError(
+            f"prompts.categories are {config.categories}; give positive weights to some of {', '.join(home)}."
+        )
+    names = list(config.categories)
+    shares = np.array(list(config.categories.values())) / sum(config.categories.values())
+    worlds = {world: WORLDS[world](split="train", seed=config.seed) for world in {home[name] for name in names}}
+    rows = []
+    for index in range(number):
+        rng = np.random.default_rng([config.seed, 2, index])
+        category = names[rng.choice(len(names), p=shares)]
+        example = worlds[home[category]].example(index, category=category)
+        caption = example.captions[rng.integers(len(example.captions))]
+        prompt = [{"role": "user", "content": drawing_request(caption, rng)}]
+        rows.append({"prompt": prompt, "facts": example.facts.to_json()})
+    return Dataset.from_list(rows)
+
+
+def homes() -> dict[str, str]:
+    """Categories to the worlds that they belong to."""
+    return {category: world for world, kind in WORLDS.items() for category in kind.categories}
+
+
+def read_prompts(source: str, column: str, seed: int, number: int) -> Dataset:
+    """`number` prompts of a data set in a shuffled order, over and over; what they ask for is known to no judge.
+
+    Raises:
+        ValueError: no such column, or no row.
+    """
+    path = Path(source)
+    if path.is_file():
+        found = load_dataset(str(path.parent.resolve()), data_files=path.name, split="train")
+    else:
+        found = load_dataset(source, split="train")
+    if column not in found.column_names or not len(found):
+        raise ValueError(
+            f"{source} has {len(found)} rows of {', '.join(found.column_names)}; prompts.column is {column!r}."
+        )
+    texts = found.shuffle(seed=seed)[column]
+    unknown = SceneFacts().to_json()
+    return Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": texts[index % len(found)]}], "facts": unknown}
+            for index in range(number)
+        ]
+    )
+
+
+@torch.no_grad()
+def paint(codec: VisualCodecModel, parts: Sequence[Any]) -> list[Image.Image | None]:
+    """Pictures by the codec's decoder, those of one grid together; None where a part is no whole picture."""
+    pictures: list[Image.Image | None] = [None] * len(parts)
+    whole = [place for place, part in enumerate(parts) if isinstance(part, ImagePart) and part.complete]
+    by_grid: dict[Any, list[int]] = {}
+    for place in whole:
+        codes = parts[place].codes
+        by_grid.setdefault((codes.ids.shape[1], tuple(codes.grid or ())), []).append(place)
+    for places in by_grid.values():
+        for start in range(0, len(places), DECODE_BATCH):
+            batch = places[start : start + DECODE_BATCH]
+            codes = [parts[place].codes for place in batch]
+            grids = [grid for single in codes for grid in single.grid or ()] or None
+            ids, mask = torch.cat([single.ids for single in codes]), torch.cat([single.mask for single in codes])
+            decoded = to_pictures(codec.pictures(VisualCodes(ids, mask, grids).to(codec.device)))
+            for place, picture in zip(batch, decoded, strict=True):
+                pictures[place] = picture
+    return pictures
