@@ -70,7 +70,7 @@ def overrides(made, tmp_path, steps=2):
 
 
 def language_overrides(made, tmp_path):
-    small = ["pack_length=200", "batch_size=2", "micro_batch=1", "sampling.guidance_scale=1.0"]
+    small = ["pack_length=200", "batch_size=2", "micro_batch=1", "attention=eager", "sampling.guidance_scale=1.0"]
     return [*overrides(made, tmp_path), f"data.sources={{{made / 'rows'}: 1.0}}", *small]
 
 
