@@ -11,6 +11,7 @@ from test_language_data import HELLO, folder_of, picture_row
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from unimm import UniMMForConditionalGeneration, VisualCodecModel
+from unimm.cli.main import main
 from unimm.config import read_yaml
 from unimm.sequence import train_text_tokenizer
 from unimm.training.plan import plan
@@ -69,7 +70,7 @@ def overrides(made, tmp_path, steps=2):
 
 
 def language_overrides(made, tmp_path):
-    small = ["pack_length=200", "batch_size=2", "micro_batch=1", "sampling.guidance_scale=1.0"]
+    small = ["pack_length=200", "batch_size=2", "micro_batch=1", "attention=eager", "sampling.guidance_scale=1.0"]
     return [*overrides(made, tmp_path), f"data.sources={{{made / 'rows'}: 1.0}}", *small]
 
 
@@ -169,6 +170,14 @@ def test_a_plan_of_real_sizes_reads_earlier_stages_off_their_recipes(recipes):
         plan(recipes / "qwen3-0.6b" / "grpo.yaml", gpu="abacus")
     with pytest.raises(ValueError, match="run the stage before this one"):
         plan(recipes / "qwen3-0.6b" / "grpo.yaml", ["init_from=nowhere"])
+
+
+def test_every_recipe_of_the_shipped_model_has_a_plan(recipes, capsys):
+    for path in sorted((recipes / "tiny").glob("*.yaml")):
+        assert main(["train", "--plan", str(path)]) == 0
+        shown = capsys.readouterr().out
+        assert "weights " in shown
+        assert "fits" in shown
 
 
 def test_a_plan_counts_arithmetic_as_torch_does(recipes, tmp_path):

@@ -107,13 +107,14 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
     """The rows of a folder.
 
     Raises:
-        ValueError: no rows, or rows of another codec.
+        ValueError: no rows, some that are still missing, or rows of another codec.
     """
     files = sorted(str(path) for path in folder.glob("rows-*.parquet") if read_metadata(path).num_rows)
     if not files:
         raise ValueError(
             f"{folder} holds no rows; write them first (unimm tokenize, or a pretrain stage that names worlds)."
         )
+    _check_whole(folder)
     rows = load_dataset("parquet", data_files=files, split="train")
     found = rows[0]["fingerprint"]
     if found != codec.fingerprint():
@@ -160,6 +161,24 @@ def row_texts(row: Mapping[str, Any]) -> PictureTexts:
     captions = row["captions"] or []
     description = row["description"] or next(iter(captions), "")
     return PictureTexts(description, captions, [(question, answer) for question, answer in row["questions"] or []])
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise `ValueError` where parts of a source have no last shard yet, which is the one that is not full."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.is_file() else {}
+    if "units" not in manifest:
+        return
+    ended = {
+        shard.name.split("-")[1]
+        for shard in folder.glob("rows-*.parquet")
+        if read_report(shard).seen < manifest["shard_rows"]
+    }
+    if len(ended) < manifest["units"]:
+        raise ValueError(
+            f"{folder} has {len(ended)} of {manifest['units']} parts of {manifest['source']['path']}; run unimm "
+            "tokenize again, which goes on with what is missing."
+        )
 
 
 def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], fingerprint: str) -> list[dict]:

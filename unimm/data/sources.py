@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -100,7 +102,7 @@ def tokenize_source(
         for unit in tqdm(units, desc="tokenizing", unit="part"):
             work(unit)
     else:
-        with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(num_proc, get_context("spawn"), _end_with, (os.getpid(),)) as pool:
             list(tqdm(pool.map(work, units), total=len(units), desc="tokenizing", unit="part"))
     total = ShardReport.total(read_report(path) for path in folder.glob("rows-*.parquet"))
     if total.seen and total.num_skipped == total.seen and world_size == 1:
@@ -170,6 +172,17 @@ def _no_column(path: str, role: str, column: str, columns: list[str]) -> str:
     near = difflib.get_close_matches(column, columns, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"{path} has no column {column!r} for --{role}.{hint} It has {', '.join(columns)}."
+
+
+def _end_with(parent: int) -> None:
+    """End this process with its parent, which a kill leaves no time to tell it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _tokenize_unit(job: _Job, unit: int) -> None:

@@ -67,6 +67,8 @@ class LanguageRecipe:
         micro_batch: items per forward pass and process; None takes the process's share of the batch at once.
         pack_length: tokens per pack; None pads conversations instead.
         gradient_checkpointing: compute activations twice rather than keep them.
+        attention: how transformers computes it, as `flash_attention_2`, which is what keeps packs cheap: `sdpa`, the
+            default, computes the whole pack and masks it.
     """
 
     task: str
@@ -89,6 +91,7 @@ class LanguageRecipe:
     logging: LanguageLoggingConfig = field(default_factory=LanguageLoggingConfig)
     bf16: bool = True
     gradient_checkpointing: bool = False
+    attention: str | None = None
 
 
 class LanguageTrainer(Trainer):
@@ -117,7 +120,9 @@ class LanguageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._halves.items() if values}
+            for name, values in self._halves.items():
+                if values:
+                    logs[name] = float(self.accelerator.gather(torch.stack(values).mean()[None]).mean())
             self._halves = {name: [] for name in self._halves}
         super().log(logs, *args, **kwargs)
 
@@ -183,6 +188,8 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
     model, processor = begin_or_load(recipe)
     model.config.image_loss_weight = recipe.image_loss_weight
     model.config.z_loss_weight = recipe.z_loss_weight
+    if recipe.attention is not None:
+        model.set_attn_implementation({"text_config": recipe.attention})
     model.generation_config = generation_config(processor, recipe.sampling)
     dataset = ConversationDataset(
         open_mixture(recipe.data, model.codec),
@@ -231,12 +238,16 @@ def run_to_end(
     """Train from the last whole checkpoint, or from the start, and save model and processor.
 
     An adapter is saved by itself under `adapter/`, and merged under `model/`.
+
+    Raises:
+        ValueError: an adapter of weights that are spread over processes.
     """
+    sharded = is_sharded(trainer)
     checkpoint = last_whole_checkpoint(directory.checkpoints)
     if checkpoint and trainer.is_world_process_zero():
         directory.rewind(checkpoint_step(checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded(trainer) else None
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if isinstance(model, PeftModel):

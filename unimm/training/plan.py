@@ -25,6 +25,7 @@ from unimm.training.adapter import AdapterConfig, begin_adapter
 from unimm.training.begin import BackboneConfig
 from unimm.training.codec import CodecRecipe
 from unimm.training.detokenizer import DetokenizerRecipe, begin_transformer
+from unimm.training.dpo import DpoRecipe
 from unimm.training.grpo import GrpoRecipe
 from unimm.training.language import LanguageRecipe, share_batch
 from unimm.training.recipe import read_recipe
@@ -134,6 +135,8 @@ def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, world_size: 
         return _plan_visual(recipe, folder, name, world_size, gpu)
     if isinstance(recipe, GrpoRecipe):
         return _plan_grpo(recipe, folder, name, world_size, gpu)
+    if isinstance(recipe, DpoRecipe):
+        return _plan_dpo(recipe, folder, name, world_size, gpu)
     return _plan_language(recipe, folder, name, world_size, gpu)
 
 
@@ -252,6 +255,39 @@ def _plan_grpo(recipe: GrpoRecipe, folder: Path, name: str, world_size: int, gpu
         units=float(drawings) * world_size * rounds,
         flops=flops,
         seconds=flops / (world_size * GPUS[gpu].flops * UTILISATION) + reading,
+        memory=tuple(
+            Memory(engine, states + reference, activations) for engine, states in shape.states(world_size).items()
+        ),
+    )
+
+
+def _plan_dpo(recipe: DpoRecipe, folder: Path, name: str, world_size: int, gpu: str) -> Plan:
+    """The pairs are drawn by the first process while the others wait; a pair is two drawings, each scored twice."""
+    shape = _shape(_saved_config(recipe.init_from, folder), recipe.adapter)
+    micro_batch, _ = share_batch(recipe.batch_size, recipe.micro_batch, world_size)
+    length = shape.picture_tokens + WORDS
+    pairs = float(recipe.optimizer.steps) * recipe.batch_size
+    scored = shape.forward_flops(2 * pairs * length, length)
+    learned = scored * (1 + shape.training_factor + recipe.gradient_checkpointing)
+    groups = recipe.pairs
+    drawn = shape.forward_flops(float(groups.prompts) * groups.group_size * length, length)
+    batches = -(-groups.prompts // groups.prompts_at_once)
+    weight_bytes = MASTER_BYTES if recipe.adapter is None else FROZEN_BYTES[recipe.adapter.frozen]
+    reading = batches * shape.picture_tokens * shape.body * weight_bytes / GPUS[gpu].bandwidth
+    logits = 2 * MASTER_BYTES * 2 * micro_batch * shape.picture_tokens * shape.config.vocabulary.size
+    activations = shape.activations(2 * micro_batch * length, recipe.gradient_checkpointing) + logits
+    reference = shape.total * MASTER_BYTES if recipe.adapter is None else 0
+    peak = GPUS[gpu].flops * UTILISATION
+    return Plan(
+        recipe=name,
+        gpu=gpu,
+        world_size=world_size,
+        total=shape.total,
+        trainable=shape.trainable,
+        unit="pairs",
+        units=pairs,
+        flops=drawn + learned,
+        seconds=drawn / peak + reading + learned / (world_size * peak),
         memory=tuple(
             Memory(engine, states + reference, activations) for engine, states in shape.states(world_size).items()
         ),

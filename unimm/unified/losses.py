@@ -94,9 +94,10 @@ class _FactoredSum(torch.autograd.Function):
         for group, blocks in enumerate(groups):
             inside, columns = _columns(targets, blocks)
             counts[group] = len(inside)
+            rows = [weight[block].to(dtype) for block in blocks]
             for places, chosen in zip(inside.split(CHUNK_TARGETS), columns.split(CHUNK_TARGETS), strict=True):
                 states = hidden[places].to(dtype)
-                parts = [F.linear(states, weight[block].to(dtype)).float() for block in blocks]
+                parts = [F.linear(states, block_rows).float() for block_rows in rows]
                 logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
                 divisors = logits.logsumexp(dim=1)  # their logs
                 losses = divisors - logits.gather(1, chosen[:, None]).squeeze(1)
@@ -109,11 +110,11 @@ class _FactoredSum(torch.autograd.Function):
                 slopes[torch.arange(len(chosen), device=chosen.device), chosen] -= 1
                 slopes = slopes.mul_(weights[group]).to(dtype)
                 start = 0
-                for block in blocks:
+                for block, block_rows in zip(blocks, rows, strict=True):
                     part = slopes[:, start : start + block.stop - block.start]
                     start += block.stop - block.start
                     if grad_hidden is not None:
-                        grad_hidden[places] += (part @ weight[block].to(dtype)).to(hidden.dtype)
+                        grad_hidden[places] += (part @ block_rows).to(hidden.dtype)
                     if grad_weight is not None and dtype == weight.dtype:
                         grad_weight[block].addmm_(part.T, states)
                     elif grad_weight is not None:
