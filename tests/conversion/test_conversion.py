@@ -245,14 +245,26 @@ def test_inspection_shows_presets_and_converted_codecs(converted, capsys):
     assert "Did you mean smallest" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("system", ["llamagen_vq"])
+@pytest.mark.parametrize("system", CODECS)
 def test_wrong_pixels_and_codes_are_refused(system, converted):
-    codec = AutoModel.from_pretrained(converted(system))
-    for pixels in (torch.zeros(1, 4, 16, 16), torch.full((1, 3, 16, 16), 2.0), torch.zeros(1, 3, 15, 16)):
+    codec, expected = AutoModel.from_pretrained(converted(system)), reference(system)
+    good = pixels(expected)[:1]
+    wrong = [torch.cat([good, good[:, :1]], dim=1), good.to(torch.uint8), good[0]]
+    if codec.config.reads_pixels:
+        wrong += [good * 1000 + 100]
+    if not codec.config.resize:
+        wrong += [good[..., :-1] if codec.config.downsample > 1 else good[..., :0]]
+    for values in wrong:
         with pytest.raises(ValueError, match=r"pixel_values|cannot take"):
-            codec.encode(pixels)
-    with pytest.raises(ValueError, match="range over"):
-        codec.decode(VisualCodes.from_grid(torch.full((1, 4, 4, 1), 64)))
+            codec.encode(values)
+    codes = codec.encode(good)
+    for value in (-1, codec.spec_without_fingerprint.sizes[-1]):
+        outside = VisualCodes(codes.ids.clone(), codes.mask, codes.grid)
+        outside.ids[0, 0, -1] = value
+        with pytest.raises(ValueError, match="range over"):
+            codec.lookup(outside)
+    with pytest.raises(ValueError, match="slots"):
+        codec.lookup(VisualCodes(codes.ids.repeat(1, 1, 2), codes.mask, codes.grid))
 
 
 def test_a_shorter_one_d_piece_is_the_first_codes(converted):

@@ -165,7 +165,8 @@ class VQ(Quantizer):
 def nearest_rows(vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Index of the row of smallest Euclidean distance, int64 `[M]`, for `[M, D]` vectors and `[S, D]` rows."""
     half_norms = rows.square().sum(dim=1) / 2
-    return torch.cat([(chunk @ rows.T - half_norms).argmax(dim=1) for chunk in vectors.split(_chunk(rows))])
+    scores = (torch.addmm(half_norms, chunk, rows.T, beta=-1) for chunk in vectors.split(_chunk(rows)))
+    return torch.cat([chunk.argmax(dim=1) for chunk in scores])
 
 
 def best_rows(vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
