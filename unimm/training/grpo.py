@@ -6,6 +6,7 @@ rewards are functions of `unimm.rewards`. Each reward is normalised within its g
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,16 @@ from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
 
 DECODE_BATCH = 64
-LOGGED = ("reward", "entropy", "kl", "diversity", "group_reward_std", "ratio_deviation", "step_time")
+LOGGED = (
+    "reward",
+    "entropy",
+    "kl",
+    "diversity",
+    "group_reward_std",
+    "ratio_deviation",
+    "step_time",
+    "rollout_time",
+)
 
 
 @dataclass(frozen=True)
@@ -213,6 +223,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
         ).to(self.accelerator.device)
         grammar, sampling = self.policy.grammar, self.recipe.sampling
         opening, end = grammar.vocabulary.boi_token_id, grammar.vocabulary.eoi_token_id
+        begin = time.perf_counter()
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, torch.no_grad():
             training = model.training
             model.eval()
@@ -229,6 +240,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
                 output_scores=self._step == 0,
             )
             model.train(training)
+        self._log_metric("rollout_time", time.perf_counter() - begin)
         drawn = output.sequences[:, encoded["input_ids"].shape[1] + 1 :]
         lengths = ((drawn == end).int().argmax(dim=1) + 1).tolist()
         completions = [row[:length] for row, length in zip(drawn.tolist(), lengths, strict=True)]
