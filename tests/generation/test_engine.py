@@ -110,8 +110,8 @@ def test_answers_that_mix_text_and_pictures_equal_the_stock_loop(shapes, calls):
     for seed in range(2):
         model = build(shapes=shapes, sizes=(9, 7), seed=seed)
         model.lm_head.weight.data[[BOI, END]] *= 2  # pictures and ends are likely among 120 text rows
-        lengths = torch.randint(2, 9, (8,)).tolist()
-        rows = assert_equal_to_stock(model, calls, prompts(lengths, seed), guidance_scale=SCALE, max_new_tokens=30)
+        lengths = torch.randint(2, 9, (6,)).tolist()
+        rows = assert_equal_to_stock(model, calls, prompts(lengths, seed), guidance_scale=SCALE, max_new_tokens=20)
         answers = rows[:, max(lengths) :]
         whole += int(((answers == EOI).any(dim=1) & (answers[:, 0] != BOI)).sum())
         ended += int((answers == END).any(dim=1).sum())
@@ -245,6 +245,52 @@ def test_steps_of_any_width_equal_one_pass(family):
     ).last_hidden_state[:, -7:]
     torch.testing.assert_close(torch.cat(states, dim=1), whole, rtol=1e-4, atol=1e-4)
     assert decoder.logits(whole[:, 0], torch.tensor([3, 1])).allclose(model.lm_head(whole[:, 0])[:, [3, 1]], atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(40,), (30, 20)], ids=["one code", "two codes"])
+@pytest.mark.parametrize("shapes", [FIXED, SIZED, NESTED], ids=["fixed", "sized", "nested"])
+def test_a_window_draws_the_same_with_the_same_seed_in_fewer_passes(shapes, sizes):
+    model = build(sizes=sizes, shapes=shapes)
+    model.lm_head.weight.data *= 3  # likely codes, as of a trained model
+    passes = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: passes.append(inputs[0].shape))
+    drawn, taken = [], []
+    scale = torch.tensor([1.5, 1.0, SCALE])
+    for window in (1, 2, 5, 64):
+        torch.manual_seed(3)
+        passes.clear()
+        drawn.append(
+            model.generate(
+                **prompts(),
+                generation_mode="image",
+                guidance_scale=scale,
+                do_sample=True,
+                temperature=0.7,
+                top_k=9,
+                max_new_tokens=14,
+                jacobi_window=window,
+            )
+        )
+        taken.append(len(passes))
+        assert max(shape[1] for shape in passes[1:]) <= window
+    assert all(drawn[0].equal(other) for other in drawn[1:])
+    assert taken == sorted(taken, reverse=True)
+
+
+def test_a_window_accepts_what_does_not_change():
+    """Codes that do not depend on the codes before them need two looks: one to guess them, one to see them stay."""
+    model = build()
+    model.model.language_model.embed_tokens.weight.data[:] = 0.1
+    passes = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: passes.append(1))
+    model.generate(**prompts((4,)), generation_mode="image", do_sample=False, max_new_tokens=7, jacobi_window=6)
+    assert len(passes) - 1 <= 2  # the prompt is read besides
+
+
+def test_windows_that_cannot_be_are_refused():
+    for options in ({"jacobi_window": 0}, {"jacobi_window": 4, "stock": True}):
+        with pytest.raises(ValueError, match="jacobi_window"):
+            build().generate(**prompts(), **options)
 
 
 @pytest.mark.parametrize(

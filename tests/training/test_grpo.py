@@ -177,6 +177,7 @@ def test_a_run_trains_resumes_exactly_and_shows_what_it_did(worlds_folder, tmp_p
     assert records[0]["ratio_deviation"] < 1e-3
     assert records[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert records[-1]["kl"] > 1e-6
+    assert 0 < records[-1]["rollout_time"] < records[-1]["step_time"]
     assert {"rewards/scene/mean", "rewards/brightness/mean", "group_reward_std"} <= set(records[-1])
     old, new = (UniMMForConditionalGeneration.from_pretrained(source) for source in (worlds_folder, first.model))
     assert not old.lm_head.weight.equal(new.lm_head.weight)

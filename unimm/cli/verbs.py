@@ -28,7 +28,7 @@ def _load(arguments: argparse.Namespace) -> Any:
     import unimm
 
     logging.disable_progress_bar()
-    return unimm.load(arguments.model)
+    return unimm.load(arguments.model, weights=arguments.weights)
 
 
 def _draw_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,9 +146,10 @@ def _limit_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=TRIALS, help=f"trials per category (default: {TRIALS})")
 
 
-def _measuring(limit: int) -> str:
+def _measuring(limit: int, weights: str | None = None) -> str:
     """The command that measures the same again."""
-    return "unimm evaluate tiny" + (f" --limit {limit}" if limit != TRIALS else "")
+    stored = f" --weights {weights}" if weights else ""
+    return "unimm evaluate tiny" + (f" --limit {limit}" if limit != TRIALS else "") + stored
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,8 +164,76 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from unimm.evaluation import evaluate_tiny
 
     folder = Path(arguments.folder) if arguments.folder else None
-    command, limit = _measuring(arguments.limit), arguments.limit
+    command, limit = _measuring(arguments.limit, arguments.weights), arguments.limit
     print(evaluate_tiny(_load(arguments), command=command, limit=limit, folder=folder).to_markdown())
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from_scratch = "random weights of this size instead of a model: tiny, 20m, 150m, 0.6b or 7b"
+    parser.add_argument("--config", help=from_scratch)
+    parser.add_argument("--tasks", nargs="+", default=["draw"], help="draw, read, train, tokenize, detokenize")
+    parser.add_argument("--codes", type=int, default=256, help="codes per picture (default: 256)")
+    parser.add_argument("--drawn", type=int, help="codes that a timed drawing stops after (default: all)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: 1)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way, taking turns (default: 3)")
+    parser.add_argument("--formats", nargs="*", default=["bfloat16", "int8"], help="of weights to draw with besides")
+    parser.add_argument(
+        "--window", type=int, default=1, help="of Jacobi iteration to draw with besides (default: none)"
+    )
+    parser.add_argument("--threads", type=int, help="threads of a CPU; 1 is timed in processor seconds")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--folder", help="where speed.md, speed.json and speed.png go")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    import torch
+
+    from unimm.evaluation.random_models import random_model
+    from unimm.evaluation.speed import TASKS, Bench, Machine, SpeedReport
+
+    unknown = [task for task in arguments.tasks if task not in TASKS]
+    if unknown or min(arguments.batch, arguments.rounds) < 1:
+        raise ValueError(
+            f"--tasks are {arguments.tasks}, --batch {arguments.batch} and --rounds {arguments.rounds}; name some of "
+            f"{', '.join(TASKS)}, and numbers of 1 or more."
+        )
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    if arguments.config:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = random_model(arguments.config, codes=arguments.codes, dtype=dtype).to(device)
+    else:
+        model = _load(arguments).model.to(device)
+    machine = Machine.measure(device)
+    bench = Bench(
+        model,
+        machine,
+        rounds=arguments.rounds,
+        batch=arguments.batch,
+        codes=arguments.drawn,
+        formats=arguments.formats,
+        window=arguments.window,
+    )
+    own = {"config": arguments.config, "model": arguments.model, "codes": arguments.codes, "drawn": arguments.drawn}
+    own |= {"batch": arguments.batch, "rounds": arguments.rounds, "threads": arguments.threads}
+    own |= {"formats": " ".join(arguments.formats), "window": arguments.window}
+    options = [f"--{name} {value}" for name, value in own.items() if value is not None]
+    report = SpeedReport(
+        command=" ".join(["unimm bench", *options, "--tasks", *arguments.tasks]),
+        model=arguments.config or arguments.model or "unimm-tiny",
+        clock="processor time" if torch.get_num_threads() == 1 and device.type == "cpu" else "wall time",
+        threads=torch.get_num_threads(),
+        gigabytes_per_second=machine.bandwidth / 1e9,
+        gigaflops=machine.flops / 1e9,
+        speeds=tuple(bench.run(arguments.tasks)),
+        agreement=bench.agreement(),
+    )
+    if arguments.folder:
+        report.save(Path(arguments.folder))
+    print(report.to_markdown())
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -263,6 +332,13 @@ VERBS = (
         _tokenize,
     ),
     Verb("evaluate", "measure a model", "unimm evaluate tiny --limit 20", _evaluate_arguments, _evaluate),
+    Verb(
+        "bench",
+        "measure speed, beside stock transformers and what the machine allows",
+        "unimm bench --config 20m --threads 1",
+        _bench_arguments,
+        _bench,
+    ),
     Verb(
         "export",
         "lay a trained model out as a Hub repository, measured",

@@ -4,11 +4,15 @@ In: prepared prompts, processors and stopping criteria. Out: the sequences that 
 greedy decoding and the same distribution under sampling. Guidance doubles the batch, equal prompts are read once, the
 head computes only the rows that the grammar allows, sampling sees only those, and inside a picture the host never waits
 for an id: which rows are legal at each place of a picture is known before it is drawn.
+
+With a window the codes of a picture are guessed ahead and checked together (Jacobi iteration on fixed noise; compare
+2410.01699 and 2510.24211). Sampling by the Gumbel trick makes a code a function of the codes before it and of its own
+noise, so guesses that come out as they went in are the codes that one step at a time would have drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,24 +71,22 @@ class Choices:
     Args:
         rows: of the head, a block or single rows.
         forbidden: bool `[S]`, rows of the block that are not legal; None where all are.
+        device: of the scores.
     """
 
     rows: slice | torch.Tensor
     forbidden: torch.Tensor | None
+    device: torch.device
 
     @classmethod
-    def among(cls, legal: torch.Tensor) -> Choices:
+    def among(cls, legal: torch.Tensor, device: torch.device) -> Choices:
         """The rows to compute for legal ids, bool `[V]`."""
         ids = legal.nonzero().flatten()
         first, end = int(ids[0]), int(ids[-1]) + 1
         if end - first > SPARSE * len(ids):
-            return cls(ids, None)
-        return cls(slice(first, end), None if end - first == len(ids) else ~legal[first:end])
-
-    def to(self, device: torch.device) -> Choices:
-        """The same on another device."""
-        rows = self.rows.to(device) if isinstance(self.rows, torch.Tensor) else self.rows
-        return Choices(rows, None if self.forbidden is None else self.forbidden.to(device))
+            return cls(ids.to(device), None, device)
+        forbidden = None if end - first == len(ids) else ~legal[first:end].to(device)
+        return cls(slice(first, end), forbidden, device)
 
     def ids(self, chosen: torch.Tensor) -> torch.Tensor:
         """Ids of places among the rows."""
@@ -123,6 +125,8 @@ class Engine:
         do_sample: False takes the likeliest id.
         pad_token_id: fills rows that ended.
         stop_ids: ids that end a row.
+        window: codes that one pass checks inside a picture. They are drawn one at a time where it is 1, where rows of
+            a batch are at different places, and where scores are kept.
     """
 
     def __init__(
@@ -134,7 +138,9 @@ class Engine:
         do_sample: bool,
         pad_token_id: int,
         stop_ids: frozenset[int],
+        window: int = 1,
     ) -> None:
+        self.window = window
         self.decoder, self.grammar, self.do_sample = decoder, grammar, do_sample
         self.pad_token_id, self.stop_ids = pad_token_id, stop_ids
         self.warpers = [processor for processor in processors if isinstance(processor, WARPERS)]
@@ -170,23 +176,23 @@ class Engine:
         """
         batch, length = input_ids.shape
         sequences = torch.nn.functional.pad(input_ids, (0, max_length - length), value=self.pad_token_id)
-        rows, finished, scores = input_ids.tolist(), [False] * batch, []
+        rows, finished = input_ids.tolist(), [False] * batch
+        scores: list[torch.Tensor] = []
         capacity = min(max_length, length + self.grammar.longest)
         hidden = self._read(prompt, attention_mask, unconditional, capacity)
         while True:
             plans = [None if done else self.grammar.ahead(row) for row, done in zip(rows, finished, strict=True)]
             known = min(len(plan) for plan in plans if plan)
             steps = min(known, max_length - length)
-            for step in range(steps):
-                states = [plan[step] if plan else None for plan in plans]
-                ids, kept = self._choose(hidden[:, -1], states, keep_scores)
+            if self.window > 1 and not keep_scores and all(plan == plans[0] for plan in plans):
+                assert plans[0] is not None
+                run = self._ahead(hidden[:, -1], plans[0][:steps])
+            else:
+                run = self._one_by_one(hidden[:, -1], [plan and plan[:steps] for plan in plans], scores, keep_scores)
+            for step, ids in enumerate(run):
                 sequences[:, length + step] = ids
-                if kept is not None:
-                    scores.append(kept)
                 if streamer is not None:
                     streamer.put(ids.cpu())
-                if step < steps - 1:
-                    hidden = self._step(ids)
             new = sequences[:, length : length + steps].tolist()
             length += steps
             for place, added in enumerate(new):
@@ -194,7 +200,7 @@ class Engine:
                 finished[place] = finished[place] or not self.stop_ids.isdisjoint(added)
             if all(finished) or length == max_length:
                 break
-            hidden = self._step(ids)
+            hidden = self._step(sequences[:, length - 1 : length])
         if streamer is not None:
             streamer.end()
         return Drawn(sequences[:, :length], tuple(scores) if keep_scores else None)
@@ -215,7 +221,72 @@ class Engine:
         )
 
     def _step(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.decoder.step((ids if self.guidance is None else ids.repeat(2))[:, None])
+        """Hidden states after ids `[B, W]`, the unconditional rows below."""
+        return self.decoder.step(ids if self.guidance is None else ids.repeat(2, 1))
+
+    def _one_by_one(
+        self,
+        hidden: torch.Tensor,
+        plans: Sequence[Sequence[int] | None],
+        scores: list[torch.Tensor],
+        keep_scores: bool,
+    ) -> Iterator[torch.Tensor]:
+        """Ids `[B]` in turn for the states of every row's plan; the last is not read yet."""
+        steps = max(len(plan) for plan in plans if plan)
+        for step in range(steps):
+            ids, kept = self._choose(hidden, [plan[step] if plan else None for plan in plans], keep_scores)
+            yield ids
+            if kept is not None:
+                scores.append(kept)
+            if step < steps - 1:
+                hidden = self._step(ids[:, None])[:, -1]
+
+    def _ahead(self, hidden: torch.Tensor, plan: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The same by guesses, for rows that are all in the states of one plan."""
+        batch, end = len(hidden) // (1 if self.guidance is None else 2), len(plan)
+        slots, noise = self.grammar.vocabulary.num_codebooks, list[torch.Tensor | None]()
+        guesses = list[torch.Tensor]()  # [B] each, what is drawn and then what is guessed
+        drawn = 0
+        states, at = hidden[:, None], 0  # hidden states of the places from `at` on
+        while True:
+            for state in plan[len(noise) : at + states.shape[1]]:  # in order, as one at a time would take it
+                noise.append(self._noise(batch, self._legal(state, hidden.device)))
+            found = self._choose_together(states, plan[at : at + states.shape[1]], noise[at:])
+            right = 1  # the first follows from what is drawn, the next where its guess was right
+            for place in range(at, at + len(found) - 1):
+                if place >= len(guesses) or not guesses[place].equal(found[place - at]):
+                    break
+                right += 1
+            guesses[at:] = found
+            yield from found[:right]
+            drawn = at + right
+            if drawn == end:
+                return
+            self.decoder.rewind(states.shape[1] - right)
+            width = min(self.window, end - drawn)
+            while len(guesses) < drawn + width - 1:  # the code to the left stands for one not guessed yet
+                state = plan[len(guesses)]
+                left = len(guesses) - slots
+                same = left >= 0 and plan[left] == state
+                first = self._legal(state, hidden.device).ids(torch.zeros_like(guesses[-1]))
+                guesses.append(guesses[left] if same else first)
+            states, at = self._step(torch.stack(guesses[drawn - 1 : drawn + width - 1], dim=1)), drawn
+
+    def _choose_together(
+        self, hidden: torch.Tensor, plan: Sequence[int], noise: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor]:
+        """Ids `[B]` of every place, for hidden states `[R, W, D]` and the places' states and noise."""
+        found: list[torch.Tensor] = [torch.empty(0)] * len(plan)
+        for state in set(plan):
+            places = [place for place, other in enumerate(plan) if other == state]
+            choices = self._legal(state, hidden.device)
+            picked = hidden[:, places]  # [R, n, D]
+            scores = self._scores(picked.flatten(0, 1), None, state, choices, repeats=len(places))
+            noises = [noise[place] for place in places]
+            drawn = self._draw(scores, _stacked(noises)).view(-1, len(places))
+            for column, place in enumerate(places):
+                found[place] = choices.ids(drawn[:, column])
+        return found
 
     def _choose(
         self, hidden: torch.Tensor, states: Sequence[int | None], keep_scores: bool
@@ -231,7 +302,7 @@ class Engine:
             at = None if len(members) == batch else torch.tensor(members, device=hidden.device)
             choices = self._legal(state, hidden.device)
             scores = self._scores(hidden, at, state, choices)
-            chosen = choices.ids(self._draw(scores))
+            chosen = choices.ids(self._draw(scores, self._noise(len(scores), choices)))
             if at is None:
                 ids = chosen
             else:
@@ -246,11 +317,13 @@ class Engine:
         if state not in self.choices:
             legal = self.grammar.table[state].clone()
             legal[self.suppressed] = False
-            self.choices[state] = Choices.among(legal).to(device)
+            self.choices[state] = Choices.among(legal, device)
         return self.choices[state]
 
-    def _scores(self, hidden: torch.Tensor, at: torch.Tensor | None, state: int, choices: Choices) -> torch.Tensor:
-        """Guided, warped scores `[B, S]` of the rows at `at`."""
+    def _scores(
+        self, hidden: torch.Tensor, at: torch.Tensor | None, state: int, choices: Choices, *, repeats: int = 1
+    ) -> torch.Tensor:
+        """Guided, warped scores `[B, S]` of the rows at `at`; every row of the batch stands `repeats` times."""
         conditional, unconditional = (hidden, None) if self.guidance is None else hidden.chunk(2)
         if at is not None:
             conditional = conditional[at]
@@ -260,8 +333,8 @@ class Engine:
         else:
             assert self.guidance is not None
             scale = self.guidance.scale
-            if isinstance(scale, torch.Tensor) and at is not None:
-                scale = scale[at]
+            if isinstance(scale, torch.Tensor):
+                scale = scale.repeat_interleave(repeats, dim=0) if at is None else scale[at]
             guided, away = self.decoder.logits(torch.cat([conditional, unconditional]), choices.rows).float().chunk(2)
             scores = away + scale * (guided - away)
         if choices.forbidden is not None:
@@ -270,12 +343,23 @@ class Engine:
             scores = warper(None, scores)
         return scores
 
-    def _draw(self, scores: torch.Tensor) -> torch.Tensor:
+    def _noise(self, rows: int, choices: Choices) -> torch.Tensor | None:
+        """What decides among the choices, `[rows, S]`; None where nothing is left to chance."""
+        places = choices.rows.stop - choices.rows.start if isinstance(choices.rows, slice) else len(choices.rows)
+        if not self.do_sample or places == 1:
+            return None
+        noise = torch.empty(rows, places, device=choices.device).exponential_().clamp_min_(SMALLEST_NOISE)
+        return noise.log_().neg_()
+
+    def _draw(self, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Places `[B]`: the likeliest, or one sampled by the Gumbel trick, which needs neither softmax nor sums."""
-        if not self.do_sample or scores.shape[1] == 1:
-            return scores.argmax(dim=1)
-        noise = torch.empty_like(scores).exponential_().clamp_min_(SMALLEST_NOISE)
-        return (scores - noise.log_()).argmax(dim=1)
+        return (scores if noise is None else scores + noise).argmax(dim=1)
+
+
+def _stacked(noise: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Noise `[B, S]` of n places as `[B n, S]`."""
+    present = [single for single in noise if single is not None]
+    return torch.stack(present, dim=1).flatten(0, 1) if present else None
 
 
 def pad_left(rows: torch.Tensor, length: int, value: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from unimm.generation.engine import Decoder, Engine, Unconditional, is_covered, 
 from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
 
 GENERATION_MODES = (None, "text", "image")
-OWN_ARGUMENTS = ("guidance", "stock")
+OWN_ARGUMENTS = ("guidance", "stock", "jacobi_window")
 # Prompts in another form than ids, and caches that the caller holds, are for the stock loop.
 STOCK_ARGUMENTS = ("past_key_values", "position_ids", "inputs_embeds", "image_positions")
 
@@ -47,6 +47,7 @@ class UniMMGenerationMixin(GenerationMixin):
         negative_prompt_ids: torch.Tensor | None = None,
         generation_mode: str | None = None,
         stock: bool = False,
+        jacobi_window: int = 1,
         **kwargs: Any,
     ) -> Any:
         """Generate text and pictures; the arguments of transformers' `generate`, and these.
@@ -61,17 +62,25 @@ class UniMMGenerationMixin(GenerationMixin):
             generation_mode: `image` opens a picture at once and stops at its end, `text` opens none, None lets the
                 model decide.
             stock: take the stock loop in any case.
+            jacobi_window: codes of a picture that one pass of the engine guesses and checks: the same drawing in
+                fewer passes of more rows each, which pays where arithmetic is idle.
 
         Raises:
-            ValueError: an unknown mode, or guidance with beam search, assisted or prompt-lookup decoding.
+            ValueError: an unknown mode, a window below 1 or beside the stock loop, or guidance with beam search,
+                assisted or prompt-lookup decoding.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
+        if jacobi_window < 1 or (stock and jacobi_window > 1):
+            raise ValueError(
+                f"jacobi_window is {jacobi_window} and stock {stock}; give 1 or more, and 1 with stock=True."
+            )
         config = copy.deepcopy(generation_config or self.generation_config)
         kwargs = config.update(**kwargs)
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
         config.guidance_scale = None
+        kwargs["jacobi_window"] = jacobi_window
         kwargs["stock"] = stock or any(kwargs.get(name) is not None for name in STOCK_ARGUMENTS)
         input_ids = kwargs.pop("input_ids", inputs)
         vocabulary = self.config.vocabulary
@@ -113,7 +122,7 @@ class UniMMGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        stock = model_kwargs.pop("stock")
+        stock, window = model_kwargs.pop("stock", False), model_kwargs.pop("jacobi_window", 1)
         config = generation_config
         recorded = config.output_attentions or config.output_hidden_states or config.output_logits
         choices = config.cache_implementation is not None or not config.use_cache or config.compile_config is not None
@@ -139,6 +148,7 @@ class UniMMGenerationMixin(GenerationMixin):
             do_sample=bool(config.do_sample),
             pad_token_id=self.config.vocabulary.pad_token_id,
             stop_ids=frozenset(ends),
+            window=window,
         )
         drawn = engine.generate(
             input_ids,

@@ -10,21 +10,29 @@ from transformers import GenerationConfig
 
 from unimm.pipelines.unimm import DETOKENIZER_FOLDER, UniMM
 from unimm.sequence import UniMMProcessor
-from unimm.unified import UniMMForConditionalGeneration
+from unimm.unified import UniMMForConditionalGeneration, compress
 
 SHIPPED = Path(__file__).resolve().parents[2] / "model_cards" / "unimm-tiny"
 
 
-def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UniMM:
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: str | None = None,
+) -> UniMM:
     """A model with its processor.
 
     Args:
         path: folder or Hub name; None takes the model that ships with the repository.
         device: where it runs.
         dtype: of the language model; the codec stays in float32.
+        weights: `int8` or `bfloat16` stores those of the linear layers for drawing and reading fast, not for training;
+            approximate. None leaves them.
 
     Raises:
-        ValueError: no such folder, or a checkpoint with missing or extra weights.
+        ValueError: an unknown format, no such folder, or a checkpoint with missing or extra weights.
     """
     if path is None and not SHIPPED.is_dir():
         raise ValueError("The shipped model lies in the repository only; name a folder or a Hub model to load.")
@@ -39,4 +47,7 @@ def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dt
     assert isinstance(model.generation_config, GenerationConfig)
     local = Path(name).is_dir()
     folder = Path(name if local else snapshot_download(name, allow_patterns=f"{DETOKENIZER_FOLDER}/*"))
-    return UniMM(model.to(device).eval(), UniMMProcessor.from_pretrained(name), folder)
+    model = model.to(device).eval()
+    if weights is not None:
+        compress(model, weights)
+    return UniMM(model, UniMMProcessor.from_pretrained(name), folder)

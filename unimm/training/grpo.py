@@ -6,6 +6,7 @@ normalised within its group before they are summed.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,16 @@ from unimm.training.prompts import PromptsConfig, choose_rewards, draw, make_pro
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
 
-LOGGED = ("reward", "entropy", "kl", "diversity", "group_reward_std", "ratio_deviation", "step_time")
+LOGGED = (
+    "reward",
+    "entropy",
+    "kl",
+    "diversity",
+    "group_reward_std",
+    "ratio_deviation",
+    "step_time",
+    "rollout_time",
+)
 
 
 @dataclass(frozen=True)
@@ -197,9 +207,11 @@ class DrawingGRPOTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, list | None]:
         """Draw all prompts as one batch. The log-probabilities of the very first drawings are kept for the check."""
+        begin = time.perf_counter()
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             first = self._step == 0
             drawn = draw(model, self.processor, prompts, self.recipe.sampling, log_probs=first)
+        self._log_metric("rollout_time", time.perf_counter() - begin)
         self._log_metric("diversity", group_diversity(drawn.ids[:, :-1], self.num_generations))
         return {
             "prompt_ids": drawn.prompt_ids,

@@ -4,6 +4,7 @@ In: `input_ids`, or pixels behind placeholders. Out: logits, losses, generated i
 datasets.
 """
 
+from unimm.unified.compression import compress
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.losses import FactoredLoss, factored_cross_entropy
 from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel, UniMMOutput, config_for
@@ -15,6 +16,7 @@ __all__ = [
     "UniMMForConditionalGeneration",
     "UniMMModel",
     "UniMMOutput",
+    "compress",
     "config_for",
     "factored_cross_entropy",
     "register_auto_classes",

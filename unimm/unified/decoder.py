@@ -7,12 +7,16 @@ pass for guidance, growing the cache by copies.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+
+from unimm.unified.compression import Int8Linear
 
 if TYPE_CHECKING:
     from unimm.unified.modeling import UniMMForConditionalGeneration
@@ -21,6 +25,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # The other kinds change the frequencies with the length of the sequence.
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 FEW_ROWS = 6
+Projection = Callable[[torch.Tensor], torch.Tensor]
 
 
 def is_covered(text_config: PreTrainedConfig) -> bool:
@@ -34,24 +39,53 @@ def is_covered(text_config: PreTrainedConfig) -> bool:
     )
 
 
-def project(linear: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """`linear(rows)` of rows `[R, I]`.
+def product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Projection:
+    """`rows @ weight.T + bias` for rows `[R, I]` and a weight `[O, I]`.
 
-    A plain float32 layer on a CPU takes few rows as `W x^T`: the same product by a kernel that reads weights two to
-    three times as fast there, which is all that a step of one token does.
+    In float32 on a CPU few rows are taken as `W x^T`: the same product by a kernel that reads weights two to three
+    times as fast there, which is all that a step of one token does. For one row weights are read slower than for two.
     """
-    if type(linear) is not nn.Linear:
-        return linear(rows)
-    return multiply(linear.weight, rows, linear.bias)
 
-
-def multiply(weight: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`rows @ weight.T + bias` of rows `[R, I]` and a weight `[O, I]`, see `project`."""
-    if len(rows) > FEW_ROWS or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    def linear(rows: torch.Tensor) -> torch.Tensor:
         return F.linear(rows, weight, bias)
-    paired = rows.expand(2, -1) if len(rows) == 1 else rows  # two rows are read faster than one
-    product = torch.mm(weight, paired.contiguous().t()).t()[: len(rows)]
-    return product if bias is None else product + bias
+
+    def few(rows: torch.Tensor) -> torch.Tensor:
+        number = len(rows)
+        if number > FEW_ROWS:
+            return linear(rows)
+        if number == 1:
+            rows = rows.expand(2, -1)
+        result = torch.mm(weight, rows.contiguous().t()).t()
+        result = result if bias is None else result + bias
+        return result[:1] if number == 1 else result
+
+    return few if weight.dtype == torch.float32 and weight.device.type == "cpu" else linear
+
+
+def projection(linear: nn.Module) -> Projection:
+    """What a layer does to rows; layers of another class, adapters among them, are called as they are."""
+    return product(linear.weight, linear.bias) if type(linear) is nn.Linear else linear
+
+
+def rms_norm(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """The norm of this family over the last dimension."""
+    return F.rms_norm(states, states.shape[-1:], None, epsilon) * weight
+
+
+class Layer:
+    """What a step needs of one stock decoder layer, taken out of its modules once."""
+
+    def __init__(self, layer: Any, *, is_vision: bool, has_head_norms: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.is_vision = is_vision
+        self.input_norm, self.inner_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.head_norm = _head_norm(attention) if has_head_norms else None
+        self.query, self.key, self.value, self.out = (
+            projection(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
+        self.gate, self.up, self.down = (projection(linear) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.activation = mlp.act_fn
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
 
 
 class CachedDecoder:
@@ -65,14 +99,22 @@ class CachedDecoder:
         config = model.config
         body: Any = model.model.language_model
         text = body.config
-        self.model, self.body, self.head = model.model, body, model.lm_head
+        self.model, self.body = model.model, body
+        self.head: nn.Module = model.lm_head
         self.vocabulary, self.has_vision_path = config.vocabulary, config.has_vision_path
         last = len(body.layers) - config.vision_layers_after
-        self.layers = [(layer, not config.vision_layers_before <= i < last) for i, layer in enumerate(body.layers)]
+        self.layers = [
+            Layer(
+                layer,
+                is_vision=not config.vision_layers_before <= index < last,
+                has_head_norms=text.model_type == "qwen3",
+            )
+            for index, layer in enumerate(body.layers)
+        ]
         self.heads, self.groups = text.num_key_value_heads, text.num_attention_heads // text.num_key_value_heads
-        self.head_norms = [_head_norm(layer.self_attn) if text.model_type == "qwen3" else None for layer in body.layers]
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.parts: dict[tuple[int, int] | int, Projection] = {}
         self.length = 0
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -114,13 +156,11 @@ class CachedDecoder:
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
         rotation = (cos[:, :, None], sin[:, :, None])
         mask = self._mask(rows, width)
-        for index, (layer, is_vision) in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             attended = hidden + self._attend(index, layer, hidden, rotation, mask)
-            gated = F.rms_norm(attended, attended.shape[-1:], *_norm(layer.post_attention_layernorm))
-            mlp = layer.mlp
-            inner = mlp.act_fn(project(mlp.gate_proj, gated)) * project(mlp.up_proj, gated)
-            changed = attended + project(mlp.down_proj, inner)
-            hidden = torch.where(image, changed, hidden) if is_vision and image is not None else changed
+            normed = rms_norm(attended, *layer.inner_norm)
+            changed = attended + layer.down(layer.activation(layer.gate(normed)) * layer.up(normed))
+            hidden = torch.where(image, changed, hidden) if layer.is_vision and image is not None else changed
         self.length += width
         return self._final_norm(hidden, image).view(rows, width, -1)
 
@@ -130,40 +170,47 @@ class CachedDecoder:
 
     def logits(self, hidden: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         """Logits `[R, S]` of some rows of the head, for hidden states `[R, D]`."""
-        return multiply(self.head.weight[rows], hidden)
+        key = (rows.start, rows.stop) if isinstance(rows, slice) else id(rows)
+        if key not in self.parts:
+            self.parts[key] = self._part(rows)
+        return self.parts[key](hidden)
+
+    def _part(self, rows: slice | torch.Tensor) -> Projection:
+        if isinstance(self.head, Int8Linear):
+            return partial(self.head.some, outputs=rows)
+        assert isinstance(self.head.weight, torch.Tensor)
+        return product(self.head.weight[rows])
 
     def _attend(
         self,
         index: int,
-        layer: Any,
+        layer: Layer,
         hidden: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        attention = layer.self_attn
         rows, width = rotation[0].shape[:2]
-        normed = F.rms_norm(hidden, hidden.shape[-1:], *_norm(layer.input_layernorm))
-        shape = (rows, width, -1, attention.head_dim)
-        query, key = project(attention.q_proj, normed).reshape(shape), project(attention.k_proj, normed).reshape(shape)
-        both = torch.cat([query, key], dim=2)  # [R, W, heads, head width]
-        if (norm := self.head_norms[index]) is not None:
-            weight, epsilon = norm
-            both = F.rms_norm(both, both.shape[-1:], None, epsilon) * weight
+        shape = (rows, width, -1, layer.head_dim)
+        normed = rms_norm(hidden, *layer.input_norm)
+        both = torch.cat([layer.query(normed).reshape(shape), layer.key(normed).reshape(shape)], dim=2)
+        if layer.head_norm is not None:
+            both = rms_norm(both, *layer.head_norm)
         cos, signed_sin = rotation
-        swapped = both.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-        both = torch.addcmul(both * cos, swapped, signed_sin)
-        query, key = both.split([self.heads * self.groups, self.heads], dim=2)
-        end = self.length + width
-        keys, values = self.keys[index], self.values[index]
-        keys[:, :, self.length : end] = key.transpose(1, 2)
-        values[:, :, self.length : end] = project(attention.v_proj, normed).reshape(shape).transpose(1, 2)
+        both = torch.addcmul(both * cos, both.roll(layer.head_dim // 2, dims=-1), signed_sin)
+        query, key = both.split([self.heads * self.groups, self.heads], dim=2)  # [R, W, heads, head width]
+        keys = self.keys[index].narrow(2, 0, self.length + width)
+        values = self.values[index].narrow(2, 0, self.length + width)
+        keys.narrow(2, self.length, width).copy_(key.transpose(1, 2))
+        values.narrow(2, self.length, width).copy_(layer.value(normed).reshape(shape).transpose(1, 2))
         # The query heads that share a key head become query positions, so that keys and values are read once.
-        grouped = query.unflatten(2, (self.heads, self.groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mixed = F.scaled_dot_product_attention(
-            grouped, keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=attention.scaling
-        )
-        mixed = mixed.unflatten(2, (self.groups, width)).permute(0, 3, 1, 2, 4).reshape(rows * width, -1)
-        return project(attention.o_proj, mixed)
+        if width == 1:
+            grouped = query.reshape(rows, self.heads, self.groups, layer.head_dim)
+        else:
+            grouped = query.unflatten(2, (self.heads, self.groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=layer.scaling)
+        if width > 1:
+            mixed = mixed.unflatten(2, (self.groups, width)).permute(0, 3, 1, 2, 4)
+        return layer.out(mixed.reshape(rows * width, -1))
 
     def _mask(self, rows: int, width: int) -> torch.Tensor | None:
         """What is added to the scores `[R, 1, groups W, T]` of this step; None where every place may be seen."""
@@ -175,12 +222,12 @@ class CachedDecoder:
             mask[..., : self.padding.shape[-1]] = self.padding
         if width > 1:
             mask[..., self.length :] = torch.full_like(mask[0, 0, :, self.length :], -float("inf")).triu(1)
-        return mask.repeat(1, 1, self.groups, 1)
+        return mask if width == 1 else mask.repeat(1, 1, self.groups, 1)
 
     def _final_norm(self, hidden: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
         norm = self.model.norm
         if norm is None:
-            return F.rms_norm(hidden, hidden.shape[-1:], *_norm(self.body.norm))
+            return rms_norm(hidden, *_norm(self.body.norm))
         assert image is not None
         return norm(hidden, image[:, 0])
 

@@ -277,8 +277,9 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         return result
 
     def decoder(self) -> CachedDecoder | None:
-        """A fresh decoder for one batch; None for families of bodies that it does not cover."""
-        return CachedDecoder(self) if is_covered(self.config.text_config) else None
+        """A fresh decoder for one batch; None for families of bodies that it does not cover, and weights in pieces."""
+        devices = {weight.device for weight in self.model.language_model.parameters()}
+        return CachedDecoder(self) if len(devices) == 1 and is_covered(self.config.text_config) else None
 
     def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Ids with the codes of the pictures in place of placeholders; see `UniMMModel.place_pictures`."""

@@ -1,0 +1,50 @@
+"""The bench runs every task of a small model and says what it measured."""
+
+import json
+
+import pytest
+import torch
+
+from unimm.cli.main import main
+from unimm.evaluation.random_models import SIZES, random_model
+from unimm.evaluation.speed import TASKS, Bench, Machine, SpeedReport, Way, compare
+
+
+def test_the_ways_of_a_task_take_turns():
+    ran, ticks = [], iter(range(100))
+    ways = [Way("slow", lambda: ran.append("slow"), 2), Way("fast", lambda: ran.append("fast"), 4, floor=0.05)]
+    slow, fast = compare("draw", "code", ways, lambda: next(ticks), rounds=2)
+    assert ran == ["slow", "fast"] * 3
+    assert (slow.milliseconds, fast.milliseconds, fast.speedup, fast.floor) == (500, 250, 2, 50)
+
+
+def test_every_task_is_measured(tiny, tmp_path):
+    model, _ = tiny
+    machine = Machine.measure(torch.device("cpu"))
+    bench = Bench(model, machine, rounds=1, batch=2, formats=("bfloat16", "int8"), window=2)
+    speeds = tuple(bench.run(TASKS))
+    assert [speed.task for speed in speeds] == ["draw"] * 6 + [task for task in TASKS[1:] for _ in range(2)]
+    assert all(speed.milliseconds > 0 for speed in speeds)
+    agreement = bench.agreement()
+    assert agreement.keys() == {"bfloat16", "int8"}
+    assert all(share > 0.5 for share in agreement.values())
+    report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, speeds, agreement)
+    report.save(tmp_path)
+    assert report.to_markdown().count("| draw |") == 6
+    assert json.loads((tmp_path / "speed.json").read_text())["speeds"][0]["speedup"] == 1
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_random_models_have_their_size():
+    with torch.device("meta"):
+        bodies = {name: random_model(name, codes=256, dtype=torch.bfloat16).model.language_model for name in SIZES}
+    counts = {name: sum(weight.numel() for weight in body.parameters()) for name, body in bodies.items()}
+    assert counts["20m"] == pytest.approx(22e6, rel=0.05)
+    assert counts["150m"] == pytest.approx(145e6, rel=0.05)
+    assert counts["7b"] == pytest.approx(7.1e9, rel=0.05)
+
+
+def test_what_cannot_be_measured_is_one_line(capsys):
+    for options in (["--tasks", "sing"], ["--config", "3m"], ["--config", "tiny", "--codes", "5"], ["--rounds", "0"]):
+        assert main(["bench", *options]) == 2
+        assert capsys.readouterr().err.startswith("unimm: ")

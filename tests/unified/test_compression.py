@@ -1,0 +1,50 @@
+"""Stored weights: near the layers they replace, in every number of rows, and drawing by the engine."""
+
+import pytest
+import torch
+from torch import nn
+
+import unimm
+from unimm.unified.compression import FORMATS, Int8Linear, PackedLinear
+
+
+@pytest.mark.parametrize("rows", [(1,), (2,), (3, 7), (40,)])
+@pytest.mark.parametrize("kind", [Int8Linear.from_linear, PackedLinear])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_stored_layer_is_near_its_layer(kind, rows, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias)
+    inputs = torch.randn(*rows, 64).bfloat16()
+    exact, near = linear(inputs.float()), kind(linear)(inputs)
+    assert near.shape == exact.shape
+    assert near.dtype == torch.bfloat16
+    assert float((near.float() - exact).norm() / exact.norm()) < 0.015
+    assert not near.float().equal(exact)
+
+
+@torch.no_grad()
+def test_some_outputs_are_those_of_the_whole_layer():
+    torch.manual_seed(0)
+    layer = Int8Linear.from_linear(nn.Linear(64, 48, bias=False))
+    inputs = torch.randn(2, 64).bfloat16()
+    for outputs in (slice(5, 21), torch.tensor([40, 3])):
+        assert layer.some(inputs, outputs).equal(layer(inputs)[:, outputs])
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_loaded_model_draws_and_reads_with_stored_weights(weights, tiny_folder):
+    exact, stored = unimm.load(tiny_folder), unimm.load(tiny_folder, weights=weights)
+    drawn = stored.generate(["a star", "three green circles"], seed=0, guidance=2.0)
+    assert [len(reply.images) for reply in drawn] == [1, 1]
+    assert stored.understand(drawn[0].images[0])
+    assert next(stored.model.codec.parameters()).dtype == torch.float32
+    ids = torch.arange(8, 20)[None]
+    with torch.no_grad():
+        ours, theirs = stored.model(ids).logits.float(), exact.model(ids).logits
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.1
+
+
+def test_an_unknown_format_is_refused(tiny_folder):
+    with pytest.raises(ValueError, match="int8"):
+        unimm.load(tiny_folder, weights="int2")
