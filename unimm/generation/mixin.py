@@ -25,6 +25,7 @@ class UniMMGenerationMixin(GenerationMixin):
         guidance_scale: float | torch.Tensor | None = None,
         negative_prompt_ids: torch.Tensor | None = None,
         generation_mode: str | None = None,
+        grid: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text and pictures; the arguments of transformers' `generate`, and these.
@@ -34,13 +35,17 @@ class UniMMGenerationMixin(GenerationMixin):
             negative_prompt_ids: what to steer away from, `[B, U]`, padded on the left; the empty request by default.
             generation_mode: `image` opens a picture at once and stops at its end, `text` opens none, None lets the
                 model decide.
+            grid: (rows, columns) of the picture that mode `image` opens; the model's own default, or choice, if None.
 
         Raises:
-            ValueError: an unknown mode, or guidance with beam search, assisted or prompt-lookup decoding.
+            ValueError: an unknown mode, a grid that no legal picture has, or guidance with beam search, assisted or
+                prompt-lookup decoding.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
         config = copy.deepcopy(generation_config or self.generation_config)
+        if generation_mode == "image":
+            config.max_new_tokens = self.config.grammar.longest  # an argument of the caller's comes after
         kwargs = config.update(**kwargs)
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
@@ -50,16 +55,16 @@ class UniMMGenerationMixin(GenerationMixin):
         if generation_mode == "text":
             config.suppress_tokens = [*(config.suppress_tokens or []), vocabulary.boi_token_id]
         if generation_mode == "image":
-            input_ids, kwargs["attention_mask"] = append_token(
-                input_ids, kwargs.get("attention_mask"), vocabulary.boi_token_id
-            )
+            opening = self.picture_opening(grid)
+            input_ids, kwargs["attention_mask"] = append_tokens(input_ids, kwargs.get("attention_mask"), opening)
             config.eos_token_id = vocabulary.eoi_token_id
         if guidance_scale is None or (isinstance(guidance_scale, (int, float)) and guidance_scale == 1):
-            return super().generate(input_ids, config, **kwargs)
+            return super().generate(input_ids, config, **self._picture_inputs(input_ids, kwargs))
+        kwargs = self._picture_inputs(input_ids, kwargs)
         self._refuse_unguidable(config, kwargs)
         negative = self._negative_prompt(negative_prompt_ids, input_ids)
         if generation_mode == "image":
-            negative = torch.cat([negative, torch.full_like(negative[:, :1], vocabulary.boi_token_id)], dim=1)
+            negative = append_tokens(negative, None, opening)[0]
         if isinstance(guidance_scale, torch.Tensor):
             guidance_scale = guidance_scale.to(input_ids.device).repeat_interleave(config.num_return_sequences or 1)
         guidance = ClassifierFreeGuidance(self.config.grammar, guidance_scale)
@@ -79,6 +84,20 @@ class UniMMGenerationMixin(GenerationMixin):
                 "Guidance runs two rows per sample, which beam search, assisted and prompt-lookup decoding cannot "
                 "follow; use greedy or sampled decoding, or guidance_scale=1."
             )
+
+    def picture_opening(self, grid: tuple[int, int] | None = None) -> list[int]:
+        """Ids that mode `image` opens a picture with: `<boi>`, and the size where it is not left to the model.
+
+        Raises:
+            ValueError: a grid that no legal picture has.
+        """
+        chosen = grid or self.config.default_grid
+        size = () if chosen is None else self.config.grammar.shape_of(tuple(chosen)).prefix
+        return [self.config.vocabulary.boi_token_id, *size]
+
+    def _picture_inputs(self, input_ids: torch.Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model is given for the pictures of a prompt that it reads otherwise than as ids."""
+        return model_inputs
 
     def _negative_prompt(self, negative: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
         if negative is None:
@@ -106,6 +125,7 @@ class UniMMGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         unconditional_ids: torch.Tensor | None = None,
         unconditional_mask: torch.Tensor | None = None,
         guidance: ClassifierFreeGuidance | None = None,
@@ -124,12 +144,18 @@ class UniMMGenerationMixin(GenerationMixin):
             length = max(row.shape[1] for row in rows)
             input_ids = torch.cat([pad_left(row, length, self.config.vocabulary.pad_token_id) for row in rows])
             attention_mask = torch.cat([pad_left(mask, length, 0) for mask in masks])
+            if inputs_embeds is not None and is_first_iteration:  # features in the place of some ids of the prompt
+                beginning = inputs_embeds.new_zeros(len(inputs_embeds), length - inputs_embeds.shape[1], 1)
+                conditional = torch.cat([beginning.expand(-1, -1, inputs_embeds.shape[2]), inputs_embeds], dim=1)
+                unconditional = self.get_input_embeddings()(input_ids[len(inputs_embeds) :])
+                inputs_embeds = torch.cat([conditional, unconditional])
             kwargs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
             next_sequence_length = None if is_first_iteration else next_sequence_length
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
@@ -148,10 +174,10 @@ def pad_left(rows: torch.Tensor, length: int, value: int) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (length - rows.shape[1], 0), value=value)
 
 
-def append_token(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, token: int
+def append_tokens(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, tokens: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, T]` ids and mask with one more token in every row."""
+    """`[B, T]` ids and mask with the same tokens after every row."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    extended = torch.cat([input_ids, torch.full_like(input_ids[:, :1], token)], dim=1)
-    return extended, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    appended = input_ids.new_tensor(tokens).expand(len(input_ids), -1)
+    return torch.cat([input_ids, appended], dim=1), torch.cat([mask, torch.ones_like(appended)], dim=1)
