@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import difflib
 
-from unimm.conversion.maps import flextok, lavit, llamagen, seed, seed_voken, tar, titok, xomni, xomni_lm
+from unimm.conversion.maps import (
+    flextok,
+    lavit,
+    lavit_system,
+    llamagen,
+    seed,
+    seed_llama,
+    seed_voken,
+    tar,
+    tar_system,
+    titok,
+    xomni,
+    xomni_lm,
+    xomni_system,
+)
 from unimm.conversion.upstream import Upstream
 
 UPSTREAMS: dict[str, Upstream] = {
@@ -19,10 +33,15 @@ UPSTREAMS: dict[str, Upstream] = {
         titok.ONE_D_PIECE,
         xomni.TOKENIZER,
         xomni_lm.LANGUAGE_MODEL,
+        xomni_system.SYSTEM,
         tar.TA_TOK,
         seed.TOKENIZER,
         flextok.TOKENIZER,
         lavit.TOKENIZER,
+        seed_llama.SEED_LLAMA_8B,
+        seed_llama.SEED_LLAMA_14B,
+        lavit_system.SYSTEM,
+        tar_system.SYSTEM,
     )
 }
 

@@ -49,7 +49,7 @@ class UniMMGenerationMixin(GenerationMixin):
         kwargs = config.update(**kwargs)
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
-        config.guidance_scale = None
+        config.guidance_scale = 1.0  # what is None, the stock loop fills in from the model and then guides by itself
         input_ids = kwargs.pop("input_ids", inputs)
         vocabulary = self.config.vocabulary
         if generation_mode == "text":

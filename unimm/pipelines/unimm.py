@@ -201,7 +201,7 @@ class UniMM:
         sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         sampling["do_sample"] = True
         if temperature == 0:
-            sampling = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "min_p": None}
+            sampling = {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
         output = self.model.generate(
             **inputs.to(self.model.device),
             generation_mode=mode,
