@@ -49,3 +49,33 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+KEY_FILE = ".key"
+
+
+@contextmanager
+def resumable_directory(path: str | Path, key: str) -> Iterator[Path]:
+    """Yield a directory beside `path` that takes the place of `path` when the block ends.
+
+    A block that raises leaves nothing behind. One that is killed leaves what it wrote, and the next call with the same
+    key begins with that, so a block must write its files atomically and may leave out those that are there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}-unfinished")
+    if not (unfinished / KEY_FILE).is_file() or (unfinished / KEY_FILE).read_text(encoding="utf-8") != key:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        with atomic_write(unfinished / KEY_FILE) as file:
+            file.write_text(key, encoding="utf-8")
+    for leftover in unfinished.rglob(".*"):
+        if leftover.is_file() and leftover.name != KEY_FILE:
+            leftover.unlink()
+    try:
+        yield unfinished
+    except Exception:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    (unfinished / KEY_FILE).unlink()
+    os.replace(unfinished, path)

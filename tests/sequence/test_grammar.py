@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimm.codes import VisualCodes
-from unimm.sequence import ImageSpan, SpanGrammar, SpanShape, TextSpan, VisualVocabulary
+from unimm.sequence import ImageSpan, SpanGrammar, SpanShape, SpelledSizes, TextSpan, VisualVocabulary, read_shapes
 
 VOCABULARY = VisualVocabulary(
     image_token_offset=20, codebook_sizes=(7,), boi_token_id=1, eoi_token_id=2, image_token_id=3, pad_token_id=0
@@ -22,7 +22,17 @@ TWO_SLOTS = VisualVocabulary(
 )
 PAIRED = SpanGrammar(TWO_SLOTS, (SpanShape((1, 2), (5,), 2, 2), SpanShape((2, 2), (6,), 4, 4)))
 PAIRED_NESTED = SpanGrammar(TWO_SLOTS, (SpanShape(None, (), 1, 3),))
-GRAMMARS = {"fixed": FIXED, "sized": SIZED, "nested": NESTED, "paired": PAIRED, "paired nested": PAIRED_NESTED}
+SPELLED = SpanGrammar(
+    VOCABULARY, SpelledSizes((1, 2), (9, 10), digits=tuple(range(4, 14)), between=(14,), end=(15, 16)).shapes()
+)
+GRAMMARS = {
+    "fixed": FIXED,
+    "sized": SIZED,
+    "nested": NESTED,
+    "paired": PAIRED,
+    "paired nested": PAIRED_NESTED,
+    "spelled": SPELLED,
+}
 TEXT = set(range(20)) - {2, 3}
 
 
@@ -154,3 +164,30 @@ def test_vocabulary_refuses_what_is_no_code():
         TWO_SLOTS.to_token_ids(torch.zeros(4, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="no picture codes"):
         VOCABULARY.to_codes(torch.tensor([19]))
+
+
+def test_thousands_of_sizes_are_few_states():
+    digits, end = tuple(range(4, 14)), (15,)
+    sizes = SpelledSizes((24, 72), (24, 72), digits=digits, between=(14,), end=end)
+    grammar = SpanGrammar(VOCABULARY, sizes.shapes())
+    assert len(grammar.shapes) == 49 * 49
+    assert grammar.num_states < 20
+    shape = grammar.shape_of((30, 72))
+    assert shape.prefix == (7, 4, 14, 11, 6, 15)
+    assert grammar.shape_after([*shape.prefix, 20]) == shape
+    assert grammar.shape_after([7, 4, 14, 11, 9]) is None  # 75 columns
+    opened = torch.tensor([[1, 7, 4, 14, 11]])
+    assert set(grammar.allowed(opened)[0].nonzero().flatten().tolist()) == {4, 5, 6}  # 70 to 72
+
+
+def test_bounds_are_two_numbers_and_digits_are_ten():
+    spelled = {"rows": [1, 2], "columns": [1, 2], "digits": list(range(4, 14)), "between": [14], "end": [15]}
+    assert len(read_shapes([], spelled)) == 4
+    for wrong in ({"rows": [2, 1]}, {"columns": [0, 1]}, {"digits": [4, 5]}):
+        with pytest.raises(ValueError, match="spelled_sizes"):
+            read_shapes([], spelled | wrong)
+
+
+def test_two_pictures_of_one_spelling_are_refused():
+    with pytest.raises(ValueError, match="spells two pictures"):
+        SpanGrammar(VOCABULARY, (SpanShape((1, 2), (5,), 2, 2), SpanShape((2, 1), (5,), 2, 2)))

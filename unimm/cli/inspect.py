@@ -1,4 +1,4 @@
-"""What a codec is made of: its sockets, its codes and its weights, as a table."""
+"""What a codec is made of, and what a published system weighs, as tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from unimm.codec import VisualCodecConfig, VisualCodecModel, load_preset
 
+MODES = (16, 8, 4)  # bits of linear layers
 SOCKETS = ("encoder", "resampler", "quantizer", "length", "decoder")
 
 
@@ -37,3 +38,25 @@ def inspect_codec(name: str) -> str:
         f"weights    {sum(weight.numel() for weight in codec.parameters()):,}",
     ]
     return "\n".join(lines)
+
+
+def inspect_system(name: str) -> str:
+    """Weights of a published system, and the memory that they take; constants of quantisation, caches and activations
+    come on top.
+
+    Raises:
+        ValueError: none of that name.
+    """
+    from unimm.conversion.published import weights_of
+
+    weights = weights_of(name)
+    rows: list[tuple[str, ...]] = [("part", "weights", "bf16", "8-bit", "4-bit")]
+    for weight in weights:
+        rows.append(_weight_row(weight.part, weight.numbers, [weight.bytes(bits) for bits in MODES]))
+    totals = [sum(weight.bytes(bits) for weight in weights) for bits in MODES]
+    rows.append(_weight_row("all", sum(weight.numbers for weight in weights), totals))
+    return "\n".join(f"{part:<28}{count:>18}{a:>10}{b:>10}{c:>10}" for part, count, a, b, c in rows)
+
+
+def _weight_row(part: str, numbers: int, sizes: list[float]) -> tuple[str, ...]:
+    return (part, f"{numbers:,}", *(f"{size / 1e9:.1f} GB" for size in sizes))

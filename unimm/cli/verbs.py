@@ -286,10 +286,11 @@ def _push(arguments: argparse.Namespace) -> None:
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("system", help="the published system, for example llamagen_vq")
-    parser.add_argument("source", help="folder of upstream's config.json and weights.safetensors")
+    parser.add_argument("source", help="folder of upstream's config.json and weights")
     parser.add_argument("target", help="folder to write, which AutoModel then loads")
     parser.add_argument("--back", action="store_true", help="the other way: a converted model to upstream's files")
     parser.add_argument("--accept-licence", action="store_true", help="agree to a licence that limits the use")
+    parser.add_argument("--detokenizer", help="folder of the diffusion model, where upstream keeps it apart")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -298,18 +299,25 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.back:
         print(restore(arguments.system, arguments.source, arguments.target))
         return
-    print(convert(arguments.system, arguments.source, arguments.target, accept_licence=arguments.accept_licence))
+    report = convert(
+        arguments.system,
+        arguments.source,
+        arguments.target,
+        accept_licence=arguments.accept_licence,
+        detokenizer=arguments.detokenizer,
+    )
+    print(report)
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["codec"], help="codec: a visual tokenizer")
-    parser.add_argument("name", help="a preset, or the folder of a saved codec")
+    parser.add_argument("what", choices=["codec", "system"], help="codec: a visual tokenizer; system: a published one")
+    parser.add_argument("name", help="a preset or the folder of a saved codec; a published system")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from unimm.cli.inspect import inspect_codec
+    from unimm.cli.inspect import inspect_codec, inspect_system
 
-    print(inspect_codec(arguments.name))
+    print(inspect_codec(arguments.name) if arguments.what == "codec" else inspect_system(arguments.name))
 
 
 VERBS = (
@@ -365,7 +373,7 @@ VERBS = (
     ),
     Verb(
         "inspect",
-        "say what a codec is made of",
+        "say what a codec is made of, or what a published system weighs",
         "unimm inspect codec smallest",
         _inspect_arguments,
         _inspect,

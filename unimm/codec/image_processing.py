@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ImageInput
 
@@ -17,7 +19,8 @@ WHITE = (255, 255, 255)
 class VisualCodecImageProcessor(PilBackend):
     """Centre-crop to a square, resize to `size`, scale to [-1, 1] or as `image_mean` and `image_std` say.
 
-    With `any_shape`, the arguments of `any_shape_size`, pictures keep their shape and are resized to that size.
+    With `any_shape`, the arguments of `any_shape_size`, pictures keep their shape and are resized to that size; with
+    `stretch` they are stretched to the square.
     Alpha is laid over white; 16-bit, palette and CMYK pictures are converted; an animation gives its first frame.
     """
 
@@ -28,9 +31,12 @@ class VisualCodecImageProcessor(PilBackend):
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
     any_shape: dict[str, Any] | None = None
+    stretch: bool = False
 
     @classmethod
-    def for_codec(cls, config: VisualCodecConfig, any_shape: dict[str, Any] | None = None) -> VisualCodecImageProcessor:
+    def for_codec(
+        cls, config: VisualCodecConfig, any_shape: dict[str, Any] | None = None, *, stretch: bool = False
+    ) -> VisualCodecImageProcessor:
         """The processor that gives a codec its size, or pictures of any shape, and its range of pixels."""
         spreads = [1 / (white - black) for black, white in zip(*config.pixel_bounds, strict=True)]
         return cls(
@@ -38,7 +44,17 @@ class VisualCodecImageProcessor(PilBackend):
             image_mean=[-black * spread for black, spread in zip(config.pixel_bounds[0], spreads, strict=True)],
             image_std=spreads,
             any_shape=any_shape,
+            stretch=stretch,
         )
+
+    def _preprocess(
+        self, images: list[np.ndarray], *args: Any, return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Pictures of one shape as a batch, those of several as a list."""
+        prepared = super()._preprocess(images, *args, return_tensors=None, **kwargs)["pixel_values"]
+        if return_tensors is None or len({picture.shape for picture in prepared}) == 1:
+            return BatchFeature({"pixel_values": prepared}, tensor_type=return_tensors)
+        return BatchFeature({"pixel_values": [torch.from_numpy(picture) for picture in prepared]})
 
     def process_image(self, image: ImageInput, *args: Any, **kwargs: Any) -> np.ndarray:
         """One picture to uint8 `[3, H, W]` of the codec's size."""
@@ -49,6 +65,9 @@ class VisualCodecImageProcessor(PilBackend):
             target = any_shape_size(picture.width, picture.height, **self.any_shape)
             return np.asarray(picture.resize(target, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         height, width = self.size["height"], self.size["width"]
+        if self.stretch:
+            picture = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+            return np.asarray(picture).transpose(2, 0, 1)
         picture = centre_square(to_rgb(image))
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)

@@ -164,6 +164,10 @@ class PooledLength(LengthPolicy):
     def grids(self) -> list[tuple[int, int]]:
         return [(self.rows, self.columns)]
 
+    def grid(self, height: int, width: int, downsample: int) -> tuple[int, int]:
+        # Its tower drops the pixels at the right and bottom that make no whole patch (384 are 27 patches of 14).
+        return super().grid(height - height % downsample, width - width % downsample, downsample)
+
     def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
         arrangements = {found.length: found for found in self._arrangements()}
         wanted = max(arrangements) if num_tokens is None else num_tokens

@@ -107,6 +107,22 @@ class VisualCodecModel(PreTrainedModel):
             return VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
         return VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool))
 
+    def kept_cells(
+        self, pixel_values: torch.Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features `[B, N, C]` of every cell, before they are merged, and which are kept, `[B, N]` of zeros and ones.
+
+        Raises:
+            ValueError: as `encode`, or a codec that selects no cells.
+        """
+        if not isinstance(self.resampler, SelectResampler):
+            raise ValueError("This codec keeps every cell; only one that selects them tells which.")
+        pixel_values = self._fit(pixel_values)
+        self._check_pixels(pixel_values)
+        with torch.no_grad():
+            features = self.encoder(pixel_values.to(self.dtype))
+            return features.flatten(2).transpose(1, 2), self.resampler.select(features, generator)
+
     def lookup(self, codes: VisualCodes) -> torch.Tensor:
         """The vectors that the codes stand for, float32 `[B, N, D]`."""
         codes.validate(self.spec_without_fingerprint)

@@ -131,6 +131,23 @@ class Selector(nn.Module):
         return self.after(both).log_softmax(dim=-1)
 
 
+class Merger(nn.Module):
+    """Cells after the kept ones have absorbed the dropped."""
+
+    def __init__(self, width: int, config: SelectResamplerConfig) -> None:
+        super().__init__()
+        self.features_norm = nn.LayerNorm(width, eps=EPS)
+        self.blocks = nn.ModuleList(MergerBlock(width, config.num_heads, config.mlp_width) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=EPS)
+
+    def forward(self, cells: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Cells `[B, N, D]` under a choice `[B, N]`."""
+        features, hidden = self.features_norm(cells), cells
+        for block in self.blocks:
+            hidden = block(hidden, features, keep)
+        return self.norm(hidden)
+
+
 class SelectResampler(Resampler):
     """Features `[B, D, rows, columns]` to a position per cell `[B, N, dim]`, of which `select` says which count.
 
@@ -143,11 +160,7 @@ class SelectResampler(Resampler):
         if decoder_width != config.dim:
             raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.selector = Selector(encoder_width)
-        self.features_norm = nn.LayerNorm(encoder_width, eps=EPS)
-        self.blocks = nn.ModuleList(
-            MergerBlock(encoder_width, config.num_heads, config.mlp_width) for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(encoder_width, eps=EPS)
+        self.merger = Merger(encoder_width, config)
         self.to_positions = nn.Sequential(
             nn.Linear(encoder_width, encoder_width), nn.Tanh(), nn.Linear(encoder_width, config.dim)
         )
@@ -179,14 +192,7 @@ class SelectResampler(Resampler):
     def merge(self, features: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Positions `[B, N, dim]` under a choice `[B, N]`; those of dropped cells stand for nothing."""
         cells = features.flatten(2).transpose(1, 2)
-        return self.to_positions(self.merged(cells, keep))
-
-    def merged(self, cells: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """Cells `[B, N, D]` after the kept have absorbed the dropped."""
-        features, hidden = self.features_norm(cells), cells
-        for block in self.blocks:
-            hidden = block(hidden, features, keep)
-        return self.norm(hidden)
+        return self.to_positions(self.merger(cells, keep))
 
     def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:
         assert pool == 1, "kept cells have no grid to pool"

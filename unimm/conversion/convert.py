@@ -1,26 +1,56 @@
-"""The act of conversion: read safetensors, rename every key, check both sides, write a saved model at once."""
+"""The act of conversion: list upstream's tensors, rename every key, check both sides, write a model shard by shard.
+
+Nothing is read of a tensor but its name, shape and type until everything is known to fit; then one is in memory at a
+time. A conversion that is killed goes on with the shards that it wrote; one that fails leaves nothing.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
 from unimm.conversion.registry import find_upstream
-from unimm.conversion.upstream import Plan, Upstream, UpstreamConfig
-from unimm.files import atomic_directory
+from unimm.conversion.shards import SHARD_BYTES, Output, write_weights
+from unimm.conversion.upstream import CODEC, Plan, Rename, Upstream, UpstreamConfig
+from unimm.conversion.weights import StoredTensor, stored_tensors
+from unimm.files import resumable_directory
 from unimm.unified import UniMMForConditionalGeneration
 
-WEIGHTS = "weights.safetensors"
+RECORD = "conversion.json"
 SHOWN = 5  # keys named in an error
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An upstream tensor, and the rule that makes it a part of one of ours."""
+
+    key: str
+    stored: StoredTensor
+    rule: Rename
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part."""
+        empty = torch.empty(self.stored.shape, device="meta")
+        return tuple((empty if self.rule.change is None else self.rule.change(empty)).shape)
+
+    def read(self) -> torch.Tensor:
+        """The part."""
+        tensor = self.stored.read()
+        return tensor if self.rule.change is None else self.rule.change(tensor)
 
 
 @dataclass(frozen=True)
@@ -53,12 +83,28 @@ class Report:
         return "\n".join(lines)
 
 
-def convert(system: str, source: str | Path, target: str | Path, *, accept_licence: bool = False) -> Report:
-    """Turn upstream's `config.json` and `weights.safetensors` in `source` into a saved model in `target`.
+def convert(
+    system: str,
+    source: str | Path,
+    target: str | Path,
+    *,
+    accept_licence: bool = False,
+    detokenizer: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Turn upstream's `config.json` and weights in `source` into a saved model in `target`.
+
+    Args:
+        system: name of the upstream.
+        source: its files; weights are safetensors or pickles of nothing but tensors, in one file or in shards.
+        target: a new folder.
+        accept_licence: for a restricted licence.
+        detokenizer: folder of the diffusion model that a whole system draws with, where upstream keeps it apart.
+        shard_bytes: a file of weights is split beyond that size.
 
     Raises:
         ValueError: unknown system, a restricted licence that was not accepted, a configuration or weights that do not
-            fit the system, or a target that exists.
+            fit the system, a target that exists, or a disk without room.
         FileNotFoundError: a file is missing.
     """
     upstream, source, target = find_upstream(system), Path(source), Path(target)
@@ -69,69 +115,163 @@ def convert(system: str, source: str | Path, target: str | Path, *, accept_licen
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; name a new folder for the converted model.")
-    plan = _plan(upstream, _read_config(source))
-    weights, dropped = rename(plan, _read_weights(source), _listed_without_effect(source))
-    model = _fill(plan, weights)
-    with atomic_directory(target) as folder:
-        model.save_pretrained(folder)
-        if isinstance(model, VisualCodecModel) and model.config.reads_pixels:
-            VisualCodecImageProcessor.for_codec(model.config, plan.any_shape).save_pretrained(folder)
-        record = {
-            "system": upstream.system,
-            "repository": upstream.repository,
-            "licence": upstream.licence,
-            "paper": upstream.paper,
-            "dropped": dropped,
-        }
-        (folder / "conversion.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return Report(upstream, target, len(weights), tuple(dropped), _summary(model))
+    fields = upstream.read(source)
+    config = UpstreamConfig(fields, source, None if detokenizer is None else Path(detokenizer))
+    plan = _plan(upstream, config)
+    stored = stored_tensors(source, plan.files)
+    pieces, dropped = rename(plan, stored, frozenset(fields.get("keys_without_effect_on_stored_outputs", ())))
+    model = _fitting_model(plan, pieces)
+    outputs = [_output(plan, name, pieces[name]) for name in sorted(pieces)]
+    _check_room(target, sum(output.size for output in outputs))
+    record = {
+        "system": upstream.system,
+        "repository": upstream.repository,
+        "licence": upstream.licence,
+        "paper": upstream.paper,
+        "dropped": dropped,
+        "config": dict(fields),
+        "tensors": _where_tensors_lie(source, stored, dropped),
+    }
+    with _told_when_full(target), resumable_directory(target, _fingerprint(record, stored, shard_bytes)) as folder:
+        write_weights(folder, outputs, shard_bytes=shard_bytes)
+        _write_configuration(plan, model, outputs, folder)
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return Report(upstream, target, len(stored) - len(dropped), tuple(dropped), _summary(model))
 
 
 def rename(
-    plan: Plan, weights: Mapping[str, torch.Tensor], listed: frozenset[str] = frozenset()
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Upstream's tensors under our names, and the keys that were left behind.
+    plan: Plan, stored: Mapping[str, StoredTensor], listed: frozenset[str] = frozenset()
+) -> tuple[dict[str, list[Piece]], list[str]]:
+    """The parts of each of our tensors, in order, and the upstream keys that are left behind.
 
     Args:
         plan: of the checkpoint.
-        weights: upstream's.
+        stored: upstream's tensors.
         listed: keys that the source itself lists as without effect; they are dropped where no rule takes them.
 
     Raises:
         ValueError: a key that no rule takes, or two keys with one target.
     """
-    parts: dict[str, dict[int, torch.Tensor]] = {}
-    axes: dict[str, int] = {}
+    parts: dict[str, dict[int, Piece]] = {}
     dropped, unmapped = [], []
-    for key, tensor in weights.items():
+    for key, tensor in stored.items():
         rules = [(rule, match) for rule in plan.renames if (match := re.fullmatch(rule.pattern, key))]
         if any(re.fullmatch(pattern, key) for pattern in plan.without_effect) or (not rules and key in listed):
             dropped.append(key)
         elif constants := [value for pattern, value in plan.constants.items() if re.fullmatch(pattern, key)]:
-            if not bool((tensor == constants[0]).all()):
+            values = tensor.read()
+            if not bool((values == constants[0]).all()):
                 raise ValueError(
-                    f"{key!r} holds {tensor.flatten().tolist()}; this converter knows {constants[0]} only."
+                    f"{key!r} holds {values.flatten().tolist()}; this converter knows {constants[0]} only."
                 )
         elif not rules:
             unmapped.append(key)
         else:
             rule, match = rules[0]
             target, place = match.expand(rule.target), rule.part or 0
-            axes[target] = rule.axis
             if place in parts.setdefault(target, {}):
                 raise ValueError(f"Key {key!r} becomes {target!r}, as another key did; these are not its weights.")
-            parts[target][place] = (tensor if rule.change is None else rule.change(tensor)).to(
-                plan.dtype or tensor.dtype
-            )
+            parts[target][place] = Piece(key, tensor, rule)
     if unmapped:
         raise ValueError(f"No rule takes {_named(unmapped)}. Are these weights of another system?")
-    ours = {target: _stacked(found, axes[target]) for target, found in parts.items()}
-    return ours, dropped
+    pieces = {target: [found[place] for place in sorted(found)] for target, found in parts.items()}
+    return pieces | {copy: pieces[target] for copy, target in plan.copies.items() if target in pieces}, dropped
 
 
-def _stacked(parts: dict[int, torch.Tensor], axis: int) -> torch.Tensor:
-    tensors = [parts[place] for place in sorted(parts)]
-    return torch.cat(tensors, dim=axis) if len(tensors) > 1 else tensors[0].contiguous()
+def _fitting_model(plan: Plan, pieces: Mapping[str, list[Piece]]) -> PreTrainedModel:
+    """The model without its weights, once the pieces are known to be just these."""
+    with torch.device("meta"):
+        model = plan.model_class(plan.config)
+    wanted = model.state_dict()
+    if missing := sorted(wanted.keys() - pieces.keys()):
+        raise ValueError(f"The weights lack what becomes {_named(missing)}. Do they belong to this config.json?")
+    if surplus := sorted(pieces.keys() - wanted.keys()):
+        raise ValueError(f"The configuration has no place for {_named(surplus)}. Do the weights belong to it?")
+    for name, tensor in wanted.items():
+        if (shape := _stacked_shape(pieces[name])) != tuple(tensor.shape):
+            raise ValueError(
+                f"{name} is {shape} in the weights and {tuple(tensor.shape)} by config.json; "
+                "the two do not belong together."
+            )
+    return model
+
+
+def _stacked_shape(pieces: list[Piece]) -> tuple[int, ...]:
+    shapes = [piece.shape for piece in pieces]
+    if len(shapes) == 1:
+        return shapes[0]
+    axis = pieces[0].rule.axis
+    return (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
+
+
+def _output(plan: Plan, name: str, pieces: list[Piece]) -> Output:
+    def parts() -> Iterator[torch.Tensor]:
+        if pieces[0].rule.axis == 0:
+            yield from (piece.read() for piece in pieces)
+        else:
+            yield torch.cat([piece.read() for piece in pieces], dim=pieces[0].rule.axis)
+
+    return Output(name, _stacked_shape(pieces), plan.dtype(name, pieces[0].stored.dtype), parts)
+
+
+def _check_room(target: Path, needed: int) -> None:
+    existing = next(folder for folder in target.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"The converted weights take {needed / 1e9:.1f} GB and the disk of {target} has {free / 1e9:.1f} GB left; "
+            "make room, or name a folder on another disk."
+        )
+
+
+@contextmanager
+def _told_when_full(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise ValueError(
+            f"The disk of {target} is full ({error.strerror}); nothing was left on it. Make room and convert again."
+        ) from error
+
+
+def _where_tensors_lie(
+    source: Path, stored: Mapping[str, StoredTensor], dropped: list[str]
+) -> dict[str, dict[str, Any]]:
+    """For the way back: file, name, type and shape of every upstream tensor that went over."""
+    return {
+        key: {
+            "file": str(tensor.file.relative_to(source)),
+            "inside": list(tensor.inside),
+            "name": tensor.name,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+        }
+        for key, tensor in stored.items()
+        if key not in dropped
+    }
+
+
+def _fingerprint(record: dict[str, Any], stored: Mapping[str, StoredTensor], shard_bytes: int) -> str:
+    """Digest of what is converted: an unfinished conversion goes on only where nothing of it has changed."""
+    stats = {str(file): file.stat() for file in sorted({tensor.file for tensor in stored.values()})}
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+    return hashlib.sha256(json.dumps([record, files, shard_bytes]).encode()).hexdigest()
+
+
+def _write_configuration(plan: Plan, model: PreTrainedModel, outputs: list[Output], folder: Path) -> None:
+    """What `save_pretrained` writes beside weights, which were written already."""
+    config = model.config
+    config.architectures = [type(model).__name__]
+    floats = [o.dtype for o in outputs if o.dtype.is_floating_point and not o.name.startswith(CODEC)]
+    config.dtype = floats[0]
+    config.save_pretrained(folder)
+    if isinstance(model, VisualCodecModel) and model.config.reads_pixels:
+        processor = VisualCodecImageProcessor.for_codec(model.config, plan.any_shape, stretch=plan.stretch)
+        processor.save_pretrained(folder)
+    if plan.finish is not None:
+        plan.finish(folder)
 
 
 def _summary(model: PreTrainedModel) -> str:
@@ -145,59 +285,11 @@ def _summary(model: PreTrainedModel) -> str:
     return f"{spec.layout} of at most {spec.max_length} positions, {' x '.join(map(str, spec.sizes))} codes each"
 
 
-def _fill(plan: Plan, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    with torch.device("meta"):  # every weight comes from upstream
-        model = plan.model_class(plan.config).eval()
-    wanted = model.state_dict()
-    if missing := sorted(wanted.keys() - weights.keys()):
-        raise ValueError(f"The weights lack what becomes {_named(missing)}. Do they belong to this config.json?")
-    if surplus := sorted(weights.keys() - wanted.keys()):
-        raise ValueError(f"The configuration has no place for {_named(surplus)}. Do the weights belong to it?")
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} in the weights and {tuple(wanted[name].shape)} by config.json; "
-                "the two do not belong together."
-            )
-    model.load_state_dict(weights, assign=True)
-    return model
-
-
-def _plan(upstream: Upstream, fields: Mapping[str, Any]) -> Plan:
-    named = fields.get("system", upstream.system)
+def _plan(upstream: Upstream, config: UpstreamConfig) -> Plan:
+    named = config.fields.get("system", upstream.system)
     if find_upstream(str(named)) is not upstream:
         raise ValueError(f"config.json is of {named!r}, not of {upstream.system!r}; convert it as {named!r}.")
-    return upstream.plan(UpstreamConfig(fields))
-
-
-def _read_config(source: Path) -> dict[str, Any]:
-    path = source / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{source} has no config.json; put upstream's configuration there under that name.")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a JSON object, it holds {type(fields).__name__}.")
-    return fields
-
-
-def _listed_without_effect(source: Path) -> frozenset[str]:
-    return frozenset(_read_config(source).get("keys_without_effect_on_stored_outputs", ()))
-
-
-def _read_weights(source: Path) -> dict[str, torch.Tensor]:
-    path = source / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{source} has no {WEIGHTS}. A .pt, .ckpt or .bin file can run code when it is read, so none is read here: "
-            "save its state dict with safetensors.torch.save_file under that name."
-        )
-    try:
-        return load_file(path)
-    except Exception as error:  # the reader's own error type is not public
-        raise ValueError(f"{path} is not a safetensors file, or is cut short: {error}") from error
+    return upstream.plan(config)
 
 
 def _named(keys: list[str]) -> str:

@@ -9,15 +9,19 @@ from unimm.conversion.maps import (
     flextok,
     fqgan,
     lavit,
+    lavit_system,
     llamagen,
     seed,
+    seed_llama,
     seed_voken,
     tar,
+    tar_system,
     titok,
     tokenflow,
     unitok,
     xomni,
     xomni_lm,
+    xomni_system,
 )
 from unimm.conversion.upstream import Upstream
 
@@ -33,6 +37,7 @@ UPSTREAMS: dict[str, Upstream] = {
         titok.ONE_D_PIECE,
         xomni.TOKENIZER,
         xomni_lm.LANGUAGE_MODEL,
+        xomni_system.SYSTEM,
         tar.TA_TOK,
         seed.TOKENIZER,
         flextok.TOKENIZER,
@@ -43,6 +48,10 @@ UPSTREAMS: dict[str, Upstream] = {
         tokenflow.TOKENIZER,
         unitok.UNITOK,
         unitok.MEDITOK,
+        seed_llama.SEED_LLAMA_8B,
+        seed_llama.SEED_LLAMA_14B,
+        lavit_system.SYSTEM,
+        tar_system.SYSTEM,
     )
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 from unimm.codec import VisualCodecConfig, VisualCodecModel
 from unimm.unified import UniMMConfig
 
+CODEC = "model.visual."  # where the unified model holds its codec
 LEAVES = "(?P<leaf>weight|bias)"
 REQUIRED = object()
 
@@ -36,6 +39,23 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class WeightFile:
+    """Where weights of an upstream lie.
+
+    Args:
+        path: a file, or a folder with one file or an index of shards; relative to the source.
+        prefix: what is put before its keys, to tell those of several files apart.
+        inside: keys of the mappings around the tensors, of a pickle.
+        optional: whether it may be missing.
+    """
+
+    path: str = ""
+    prefix: str = ""
+    inside: tuple[str, ...] = ()
+    optional: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """One checkpoint.
 
@@ -45,8 +65,11 @@ class Plan:
         without_effect: patterns of keys that no output depends on.
         constants: patterns of keys that our model holds as options, and the value that every number there must have.
         any_shape: how pictures are resized where they keep their shape; None for squares of the codec's own size.
+        stretch: whether pictures are stretched to that square rather than cropped.
         model_class: what is built from the configuration.
-        dtype: of the converted weights; None keeps upstream's, which for a codec would move its codes.
+        files: where the weights lie.
+        copies: tensors of ours that are another one of ours, where upstream's share one.
+        finish: writes what goes beside the model, into the folder that it is given.
     """
 
     config: VisualCodecConfig | UniMMConfig
@@ -54,8 +77,35 @@ class Plan:
     without_effect: tuple[str, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
     any_shape: dict[str, Any] | None = None
+    stretch: bool = False
     model_class: type[PreTrainedModel] = VisualCodecModel
-    dtype: torch.dtype | None = torch.float32
+    files: tuple[WeightFile, ...] = (WeightFile(),)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    finish: Callable[[Path], None] | None = None
+
+    def dtype(self, target: str, upstream: torch.dtype) -> torch.dtype:
+        """Of a weight of ours: float32 in a codec, since rounding moves its codes, and upstream's own elsewhere."""
+        in_codec = self.model_class is VisualCodecModel or target.startswith(CODEC)
+        return torch.float32 if in_codec and upstream.is_floating_point else upstream
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """Upstream's `config.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON object.
+    """
+    path = source / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} has no config.json; put upstream's configuration there under that name.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds {type(fields).__name__}.")
+    return fields
 
 
 @dataclass(frozen=True)
@@ -68,7 +118,9 @@ class Upstream:
         plan: reads the upstream configuration.
         restricted: whether the licence must be accepted by a flag.
         aliases: further names.
-        restore: upstream's configuration and weights of a model of ours, where there is a way back.
+        read: upstream's configuration, from the folder of its files.
+        restore_rest: writes what lies beside the model back; takes upstream's configuration, the converted model's
+            folder and the target.
     """
 
     system: str
@@ -78,7 +130,8 @@ class Upstream:
     plan: Callable[[UpstreamConfig], Plan]
     restricted: bool = False
     aliases: tuple[str, ...] = ()
-    restore: Callable[[Any], tuple[dict[str, Any], dict[str, torch.Tensor]]] | None = None
+    read: Callable[[Path], dict[str, Any]] = read_config
+    restore_rest: Callable[[dict[str, Any], Path, Path], None] | None = None
 
 
 class UpstreamConfig:
@@ -86,10 +139,15 @@ class UpstreamConfig:
 
     The arguments are the whole file, or what stands under `args` in it; `patched_literals` then names the literals that
     were changed.
+
+    Args:
+        fields: what the file holds.
+        folder: that it lies in, with upstream's other files.
+        detokenizer: folder of the diffusion model that draws the pixels, where upstream keeps it apart.
     """
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self.fields = fields
+    def __init__(self, fields: Mapping[str, Any], folder: Path = Path(), detokenizer: Path | None = None) -> None:
+        self.fields, self.folder, self.detokenizer = fields, folder, detokenizer
         self.args: Mapping[str, Any] = fields.get("args", fields)
         patched = fields.get("patched_literals", {})
         self._literals: Mapping[str, Any] = patched if isinstance(patched, Mapping) else {}

@@ -48,6 +48,7 @@ class UniMMGenerationMixin(GenerationMixin):
         generation_mode: str | None = None,
         stock: bool = False,
         jacobi_window: int = 1,
+        grid: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text and pictures; the arguments of transformers' `generate`, and these.
@@ -64,10 +65,11 @@ class UniMMGenerationMixin(GenerationMixin):
             stock: take the stock loop in any case.
             jacobi_window: codes of a picture that one pass of the engine guesses and checks: the same drawing in
                 fewer passes of more rows each, which pays where arithmetic is idle.
+            grid: (rows, columns) of the picture that mode `image` opens; the model's own default, or choice, if None.
 
         Raises:
-            ValueError: an unknown mode, a window below 1 or beside the stock loop, or guidance with beam search,
-                assisted or prompt-lookup decoding.
+            ValueError: an unknown mode, a grid that no legal picture has, a window below 1 or beside the stock loop, or
+                guidance with beam search, assisted or prompt-lookup decoding.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
@@ -76,27 +78,29 @@ class UniMMGenerationMixin(GenerationMixin):
                 f"jacobi_window is {jacobi_window} and stock {stock}; give 1 or more, and 1 with stock=True."
             )
         config = copy.deepcopy(generation_config or self.generation_config)
+        if generation_mode == "image":
+            config.max_new_tokens = self.config.grammar.longest  # an argument of the caller's comes after
         kwargs = config.update(**kwargs)
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
-        config.guidance_scale = None
+        config.guidance_scale = 1.0  # what is None, the stock loop fills in from the model and then guides by itself
         kwargs["jacobi_window"] = jacobi_window
-        kwargs["stock"] = stock or any(kwargs.get(name) is not None for name in STOCK_ARGUMENTS)
         input_ids = kwargs.pop("input_ids", inputs)
         vocabulary = self.config.vocabulary
         if generation_mode == "text":
             config.suppress_tokens = [*(config.suppress_tokens or []), vocabulary.boi_token_id]
         if generation_mode == "image":
-            input_ids, kwargs["attention_mask"] = append_token(
-                input_ids, kwargs.get("attention_mask"), vocabulary.boi_token_id
-            )
+            opening = self.picture_opening(grid)
+            input_ids, kwargs["attention_mask"] = append_tokens(input_ids, kwargs.get("attention_mask"), opening)
             config.eos_token_id = vocabulary.eoi_token_id
+        kwargs = self._picture_inputs(input_ids, kwargs)
+        kwargs["stock"] = stock or any(kwargs.get(name) is not None for name in STOCK_ARGUMENTS)
         if guidance_scale is None or (isinstance(guidance_scale, (int, float)) and guidance_scale == 1):
             return super().generate(input_ids, config, **kwargs)
         self._refuse_unguidable(config, kwargs)
         negative = self._negative_prompt(negative_prompt_ids, input_ids)
         if generation_mode == "image":
-            negative = torch.cat([negative, torch.full_like(negative[:, :1], vocabulary.boi_token_id)], dim=1)
+            negative = append_tokens(negative, None, opening)[0]
         if isinstance(guidance_scale, torch.Tensor):
             guidance_scale = guidance_scale.to(input_ids.device).repeat_interleave(config.num_return_sequences or 1)
         guidance = ClassifierFreeGuidance(self.config.grammar, guidance_scale)
@@ -171,6 +175,20 @@ class UniMMGenerationMixin(GenerationMixin):
                 "follow; use greedy or sampled decoding, or guidance_scale=1."
             )
 
+    def picture_opening(self, grid: tuple[int, int] | None = None) -> list[int]:
+        """Ids that mode `image` opens a picture with: `<boi>`, and the size where it is not left to the model.
+
+        Raises:
+            ValueError: a grid that no legal picture has.
+        """
+        chosen = grid or self.config.default_grid
+        size = () if chosen is None else self.config.grammar.shape_of(tuple(chosen)).prefix
+        return [self.config.vocabulary.boi_token_id, *size]
+
+    def _picture_inputs(self, input_ids: torch.Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model is given for the pictures of a prompt that it reads otherwise than as ids."""
+        return model_inputs
+
     def _negative_prompt(self, negative: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
         if negative is None:
             null_prompt = self.config.null_prompt_ids or [self.config.vocabulary.boi_token_id]
@@ -197,6 +215,7 @@ class UniMMGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         unconditional_ids: torch.Tensor | None = None,
         unconditional_mask: torch.Tensor | None = None,
         guidance: ClassifierFreeGuidance | None = None,
@@ -215,12 +234,18 @@ class UniMMGenerationMixin(GenerationMixin):
             length = max(row.shape[1] for row in rows)
             input_ids = torch.cat([pad_left(row, length, self.config.vocabulary.pad_token_id) for row in rows])
             attention_mask = torch.cat([pad_left(mask, length, 0) for mask in masks])
+            if inputs_embeds is not None and is_first_iteration:  # features in the place of some ids of the prompt
+                beginning = inputs_embeds.new_zeros(len(inputs_embeds), length - inputs_embeds.shape[1], 1)
+                conditional = torch.cat([beginning.expand(-1, -1, inputs_embeds.shape[2]), inputs_embeds], dim=1)
+                unconditional = self.get_input_embeddings()(input_ids[len(inputs_embeds) :])
+                inputs_embeds = torch.cat([conditional, unconditional])
             kwargs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
             next_sequence_length = None if is_first_iteration else next_sequence_length
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
@@ -238,10 +263,10 @@ def _stop_ids(criterion: StoppingCriteria) -> list[int]:
     return criterion.eos_token_id.tolist() if isinstance(criterion, EosTokenCriteria) else []
 
 
-def append_token(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, token: int
+def append_tokens(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, tokens: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, T]` ids and mask with one more token in every row."""
+    """`[B, T]` ids and mask with the same tokens after every row."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    extended = torch.cat([input_ids, torch.full_like(input_ids[:, :1], token)], dim=1)
-    return extended, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    appended = input_ids.new_tensor(tokens).expand(len(input_ids), -1)
+    return torch.cat([input_ids, appended], dim=1), torch.cat([mask, torch.ones_like(appended)], dim=1)

@@ -65,8 +65,7 @@ class AnswerStreamer(BaseStreamer):
         ids = value.flatten().tolist()
         if not self.prompt_seen:
             self.prompt_seen = True
-            if ids[-1] == self.grammar.vocabulary.boi_token_id:
-                self.span = [ids[-1]]
+            self.span = self._open_span(ids)
             return
         for token in ids:
             self._take(token)
@@ -90,16 +89,26 @@ class AnswerStreamer(BaseStreamer):
             self.text.append(token)
             self._write(final=False)
 
+    def _open_span(self, prompt: list[int]) -> list[int] | None:
+        """The picture that a prompt opens and does not close."""
+        vocabulary = self.grammar.vocabulary
+        for place in range(len(prompt) - 1, -1, -1):
+            if prompt[place] == vocabulary.eoi_token_id:
+                return None
+            if prompt[place] == vocabulary.boi_token_id:
+                return prompt[place:]
+        return None
+
     def _show(self, span: Sequence[int]) -> None:
-        for shape in self.grammar.shapes:
-            codes = span[1 + len(shape.prefix) :]
-            if shape.grid is None or tuple(span[1 : 1 + len(shape.prefix)]) != shape.prefix or not codes:
-                continue
-            rows, rest = divmod(len(codes), shape.grid[1] * self.grammar.vocabulary.num_codebooks)
-            if not rest:
-                (picture,) = self.grammar.parse(list(span))
-                assert isinstance(picture, ImageSpan)
-                self.receive(PictureRows(picture.codes, rows, shape.grid))
+        shape = self.grammar.shape_after(span[1:])
+        if shape is None or shape.grid is None:
+            return
+        codes = span[1 + len(shape.prefix) :]
+        rows, rest = divmod(len(codes), shape.grid[1] * self.grammar.vocabulary.num_codebooks)
+        if codes and not rest:
+            (picture,) = self.grammar.parse(list(span))
+            assert isinstance(picture, ImageSpan)
+            self.receive(PictureRows(picture.codes, rows, shape.grid))
 
     def _write(self, *, final: bool) -> None:
         decoded = self.tokenizer.decode(self.text, skip_special_tokens=True)

@@ -18,7 +18,7 @@ from unimm.sequence import ImagePart, TextPart, UniMMProcessor
 from unimm.unified import UniMMForConditionalGeneration
 
 if TYPE_CHECKING:  # diffusers takes seconds to import and most drawings never need it
-    from unimm.detokenizer import CodesToImagePipeline
+    from unimm.detokenizer import Drawer
 
 DETOKENIZER_FOLDER = "detokenizer"
 
@@ -76,19 +76,25 @@ class UniMM:
         self.folder = folder
 
     @cached_property
-    def detokenizer(self) -> CodesToImagePipeline:
+    def detokenizer(self) -> Drawer:
         """The diffusion detokenizer, loaded when it is first used.
 
         Raises:
             ValueError: the model has none.
         """
         if self.folder is None or not (self.folder / DETOKENIZER_FOLDER / "model_index.json").is_file():
-            raise ValueError("This model has no diffusion detokenizer; draw with diffusion_steps=0, by its codec.")
-        from unimm.detokenizer import CodesToImagePipeline
+            way_out = "draw with diffusion_steps=0, by its codec." if self._codec_draws else "convert it with one."
+            raise ValueError(f"This model has no diffusion detokenizer; {way_out}")
+        from unimm.detokenizer import load_drawer
 
-        pipeline = CodesToImagePipeline.from_pretrained(self.folder / DETOKENIZER_FOLDER).to(self.model.device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        drawer = load_drawer(self.folder / DETOKENIZER_FOLDER, dtype=self.model.dtype)
+        drawer.pipeline.to(self.model.device)
+        return drawer
+
+    @property
+    def _codec_draws(self) -> bool:
+        """Whether the codec decodes to pixels."""
+        return self.model.codec.decoder_options.makes_pixels
 
     def generate(
         self,
@@ -101,6 +107,7 @@ class UniMM:
         top_p: float | None = None,
         diffusion_steps: int = 0,
         stock: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> list[Reply]:
         """Draw: `n` replies of one picture each per prompt, prompt by prompt.
 
@@ -111,26 +118,31 @@ class UniMM:
             guidance: strength of classifier-free guidance, 1 is none.
             temperature, top_p: of sampling; temperature 0 is greedy. None of the three: as the model's generation
                 config says.
-            diffusion_steps: 0 decodes by the codec in one pass; 4 to 20 draw by the diffusion detokenizer.
+            diffusion_steps: 0 decodes by the codec in one pass, or where it makes no pixels by the detokenizer with as
+                many steps as published; any other number draws by the diffusion detokenizer.
             stock: by the stock loop of transformers instead of the engine.
+            size: (height, width) in pixels; the model's own default, or choice, if None.
 
         Raises:
-            ValueError: an empty prompt, one that is longer than the model takes, or no detokenizer for diffusion steps.
+            ValueError: an empty prompt, one that is longer than the model takes, a size that it cannot draw, or no
+                detokenizer for diffusion steps.
         """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not listed or not all(prompt.strip() for prompt in listed):
             raise ValueError("The prompt is empty; say what to draw, for example 'a red heart'.")
-        requests = [[{"role": "user", "content": prompt}] for prompt in listed for _ in range(n)]
+        asked = [prompt for prompt in listed for _ in range(n)]
+        inputs = self.processor.drawing_inputs(asked)
         rows = self._answer(
-            requests,
+            inputs,
             seed=seed,
             mode="image",
             guidance=guidance,
             temperature=temperature,
             top_p=top_p,
             stock=stock,
+            size=size,
         )
-        return self._replies(rows, diffusion_steps=diffusion_steps, seed=seed)
+        return self._replies(rows, diffusion_steps=diffusion_steps, seed=seed, prompts=asked)
 
     def understand(
         self, images: Image.Image | Sequence[Image.Image], questions: str | Sequence[str] = "describe the picture"
@@ -147,14 +159,17 @@ class UniMM:
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
             for image, question in zip(listed, asked, strict=True)
         ]
-        return self._replies(self._answer(requests, seed=None, mode="text", guidance=1.0, temperature=0.0, top_p=1.0))
+        return self._replies(
+            self._answer(self._inputs(requests), seed=None, mode="text", guidance=1.0, temperature=0.0, top_p=1.0)
+        )
 
     def answer(self, prompts: Sequence[str], *, seed: int | None = None) -> list[Reply]:
         """Answers to several one-turn requests in one batch, sampled without guidance or truncation; the model decides
         where it draws.
         """
         requests = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return self._replies(self._answer(requests, seed=seed, mode=None, guidance=1.0, temperature=1.0, top_p=1.0))
+        rows = self._answer(self._inputs(requests), seed=seed, mode=None, guidance=1.0, temperature=1.0, top_p=1.0)
+        return self._replies(rows, seed=seed, prompts=list(prompts))
 
     def chat(
         self,
@@ -167,14 +182,19 @@ class UniMM:
     ) -> Reply:
         """The next turn of a conversation; the model decides where it draws."""
         rows = self._answer(
-            [list(messages)], seed=seed, mode=None, guidance=guidance, temperature=temperature, top_p=top_p
+            self._inputs([list(messages)]),
+            seed=seed,
+            mode=None,
+            guidance=guidance,
+            temperature=temperature,
+            top_p=top_p,
         )
-        return self._replies(rows)[0]
+        return self._replies(rows, seed=seed, prompts=[_text(messages[-1])])[0]
 
     @torch.no_grad()
     def _answer(
         self,
-        conversations: list[list[dict[str, Any]]],
+        inputs: BatchFeature,
         *,
         seed: int | None,
         mode: str | None,
@@ -182,12 +202,14 @@ class UniMM:
         temperature: float | None,
         top_p: float | None,
         stock: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> list[list[int]]:
-        """Generated ids of every conversation, the picture's opening included."""
-        inputs = self._inputs(conversations)
+        """Generated ids of every request, the picture's opening included."""
         if seed is not None:
             torch.manual_seed(seed)
-        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "do_sample": True}
+        given = {"temperature": temperature, "top_p": top_p}
+        sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        sampling["do_sample"] = True
         if temperature == 0:
             sampling = {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
         output = self.model.generate(
@@ -195,7 +217,8 @@ class UniMM:
             generation_mode=mode,
             guidance_scale=guidance,
             stock=stock,
-            **{name: value for name, value in sampling.items() if value is not None},
+            grid=None if size is None else self.processor.grid_of(*size),
+            **sampling,
         )
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
@@ -209,26 +232,52 @@ class UniMM:
             processor_kwargs={"padding": True},
         )
 
-    def _replies(self, rows: list[list[int]], *, diffusion_steps: int = 0, seed: int | None = None) -> list[Reply]:
+    def _replies(
+        self,
+        rows: list[list[int]],
+        *,
+        diffusion_steps: int = 0,
+        seed: int | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> list[Reply]:
         parsed = [
             [part for part in self.processor.parse(row) if isinstance(part, TextPart) or part.complete] for row in rows
         ]
-        drawn = [part.codes for parts in parsed for part in parts if isinstance(part, ImagePart)]
-        pictures = iter(self.decode(drawn, diffusion_steps=diffusion_steps, seed=seed))
+        asked = prompts or [""] * len(parsed)
+        drawn = [
+            (part.codes, prompt)
+            for parts, prompt in zip(parsed, asked, strict=True)
+            for part in parts
+            if isinstance(part, ImagePart)
+        ]
+        pictures = iter(
+            self.decode(
+                [codes for codes, _ in drawn],
+                diffusion_steps=diffusion_steps,
+                seed=seed,
+                prompts=[prompt for _, prompt in drawn],
+            )
+        )
         return [
             Reply(tuple(next(pictures) if isinstance(part, ImagePart) else part for part in parts)) for parts in parsed
         ]
 
     @torch.no_grad()
     def decode(
-        self, codes: Sequence[VisualCodes], *, diffusion_steps: int = 0, seed: int | None = None
+        self,
+        codes: Sequence[VisualCodes],
+        *,
+        diffusion_steps: int = 0,
+        seed: int | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> list[Picture]:
         """Pictures of single codes: one pass of the codec, or so many steps of the diffusion detokenizer.
 
         Args:
             codes: of one picture each.
-            diffusion_steps: 0 for the codec.
+            diffusion_steps: 0 for the codec; of a codec that makes no pixels, for as many steps as published.
             seed: of the detokenizer's noise; picture i takes seed + i.
+            prompts: what each was drawn for, which some detokenizers read too.
 
         Raises:
             ValueError: diffusion steps of a model without detokenizer.
@@ -236,12 +285,26 @@ class UniMM:
         pictures = []
         for index, single in enumerate(codes):
             placed = single.to(self.model.device)
-            if diffusion_steps:
+            if diffusion_steps or not self._codec_draws:
                 generator = None if seed is None else torch.Generator().manual_seed(seed + index)
-                images = self.detokenizer(placed, num_inference_steps=diffusion_steps, generator=generator).images
-                pictures.append(Picture(images[0], single))
+                image = self.detokenizer.draw(
+                    placed,
+                    self.model.codec,
+                    prompt=prompts[index] if prompts else "",
+                    steps=diffusion_steps,
+                    generator=generator,
+                )
+                pictures.append(Picture(image, single))
                 continue
             pixels = self.model.codec.pictures(placed)[0]
             levels = ((pixels.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
             pictures.append(Picture(Image.fromarray(np.ascontiguousarray(levels)), single))
         return pictures
+
+
+def _text(message: dict[str, Any]) -> str:
+    """The text of a message, without its pictures."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")

@@ -4,7 +4,7 @@ States are rows of a table of legal next ids. The state at a position follows fr
 machine serves generation, the scoring of sampled answers, and packed rows.
 
     0                 text: any text id or `<boi>`
-    1 .. P            after `<boi>`: the ids that may spell a size, one state per node of their prefix tree
+    1 .. P            after `<boi>`: ids that may go on spelling a size, one state for each set of them
     P + 1 .. P + K    a code of slot 0, 1, .. K - 1; the slots of a position follow each other
     P + K + 1         a code of slot 0, or `<eoi>`
     P + K + 2         `<eoi>` only
@@ -20,23 +20,8 @@ from itertools import count
 import torch
 
 from unimm.codes import VisualCodes
+from unimm.sequence.shapes import SpanShape
 from unimm.sequence.vocabulary import VisualVocabulary
-
-
-@dataclass(frozen=True)
-class SpanShape:
-    """One legal picture.
-
-    Args:
-        grid: (rows, columns), or None for a 1-D code.
-        prefix: text or special ids that spell the size after `<boi>`; empty where the codec makes one size only.
-        min_positions, max_positions: legal numbers of positions, of K codes each.
-    """
-
-    grid: tuple[int, int] | None
-    prefix: tuple[int, ...]
-    min_positions: int
-    max_positions: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +46,24 @@ class ImageSpan:
     complete: bool
 
 
+@dataclass(frozen=True)
+class _Tree:
+    """Prefixes as a prefix tree.
+
+    Args:
+        depth: ids of the longest.
+        ids: every id in them, sorted `[A]`.
+        next: node after each node and id, `[nodes, A + 1]`; the last column is for all other ids.
+        nodes: for each node `[nodes]`, ids of the prefix, shortest and longest number of positions, and the state in
+            which the prefix waits to be gone on with; 0 where it is whole.
+    """
+
+    depth: int
+    ids: torch.Tensor
+    next: torch.Tensor
+    nodes: tuple[torch.Tensor, ...]
+
+
 class SpanGrammar:
     """Builds, reads and constrains picture spans.
 
@@ -69,19 +72,36 @@ class SpanGrammar:
     """
 
     def __init__(self, vocabulary: VisualVocabulary, shapes: tuple[SpanShape, ...]) -> None:
-        prefixes = [shape.prefix for shape in shapes]
-        ambiguous = any(a is not b and b[: len(a)] == a for a in prefixes for b in prefixes)
-        if not shapes or ambiguous:
-            raise ValueError(f"Size prefixes are {prefixes}; there must be some and none may begin another.")
         self.vocabulary = vocabulary
         self.shapes = shapes
-        nodes = {prefix[:depth] for prefix in prefixes for depth in range(len(prefix))}
-        self._nodes = {node: 1 + index for index, node in enumerate(sorted(nodes, key=lambda node: (len(node), node)))}
-        self._by_prefix = {shape.prefix: shape for shape in shapes}
+        # The prefix tree: children of each node by id, and the shape whose prefix ends there.
+        self._children: list[dict[int, int]] = [{}]
+        self._ends: dict[int, SpanShape] = {}
+        for shape in shapes:
+            self._plant(shape)
+        if not shapes or any(self._children[node] for node in self._ends):
+            raise ValueError(f"Size prefixes are {self._shown()}; there must be some and none may begin another.")
+        open_nodes = [node for node in range(len(self._children)) if node not in self._ends]
+        self._continuations = list(dict.fromkeys(frozenset(self._children[node]) for node in open_nodes))
+
+    def _plant(self, shape: SpanShape) -> None:
+        node = 0
+        for token in shape.prefix:
+            if token not in self._children[node]:
+                self._children[node][token] = len(self._children)
+                self._children.append({})
+            node = self._children[node][token]
+        if node in self._ends:
+            raise ValueError(f"Size prefixes are {self._shown()}; {shape.prefix} spells two pictures.")
+        self._ends[node] = shape
+
+    def _shown(self) -> str:
+        prefixes = [shape.prefix for shape in self.shapes]
+        return f"{prefixes[:8]}" + (f" and {len(prefixes) - 8} more" if len(prefixes) > 8 else "")
 
     @property
     def num_states(self) -> int:
-        return 1 + len(self._nodes) + self.vocabulary.num_codebooks + 2
+        return 1 + len(self._continuations) + self.vocabulary.num_codebooks + 2
 
     @property
     def longest(self) -> int:
@@ -91,7 +111,7 @@ class SpanGrammar:
     @property
     def _slot_state(self) -> int:
         """The state before a code of slot 0; those of the other slots follow."""
-        return 1 + len(self._nodes)
+        return 1 + len(self._continuations)
 
     @cached_property
     def table(self) -> torch.Tensor:
@@ -100,9 +120,8 @@ class SpanGrammar:
         table[0, : vocabulary.image_token_offset] = True
         table[0, vocabulary.boi_token_id] = True
         table[0, [vocabulary.eoi_token_id, vocabulary.image_token_id]] = False
-        for prefix in self._by_prefix:
-            for depth in range(len(prefix)):
-                table[self._nodes[prefix[:depth]], prefix[depth]] = True
+        for state, legal in enumerate(self._continuations, start=1):
+            table[state, list(legal)] = True
         for slot, block in enumerate(vocabulary.blocks):
             table[self._slot_state + slot, block] = True
         table[-2, vocabulary.blocks[0]] = True
@@ -116,20 +135,71 @@ class SpanGrammar:
         size any legal size is assumed, and ids after a full span leave `<eoi>` as the only way on.
         """
         opened, since = self._last_opening(input_ids)
-        after = input_ids.new_full(input_ids.shape, self.num_states)  # filled below wherever a span is open
+        tree, device = self._tree, input_ids.device
+        node, positions = torch.zeros_like(since), torch.arange(input_ids.shape[1], device=device).expand_as(since)
+        for depth in range(tree.depth):
+            token = input_ids.gather(1, (positions - since + 1 + depth).clamp(0, input_ids.shape[1] - 1))
+            column = torch.searchsorted(tree.ids.to(device), token).clamp_max(len(tree.ids) - 1)
+            column = torch.where(tree.ids.to(device)[column] == token, column, len(tree.ids))
+            node = torch.where(since > depth, tree.next.to(device)[node, column], node)
+        spelled, shortest, longest, waiting = (values.to(device)[node] for values in tree.nodes)
+        slot = (since - spelled) % self.vocabulary.num_codebooks
+        seen = (since - spelled) // self.vocabulary.num_codebooks
+        code_state = torch.where(seen >= longest, self.num_states - 1, self.num_states - 2)
+        code_state = torch.where(seen < shortest, self._slot_state, code_state)
+        code_state = torch.where(slot > 0, self._slot_state + slot, code_state)
+        return torch.where(opened, torch.where(waiting > 0, waiting, code_state), 0)
+
+    @cached_property
+    def _tree(self) -> _Tree:
+        """The prefix tree as tensors; its last node is where no prefix leads."""
+        ids = sorted({token for children in self._children for token in children}) or [0]
+        places, lost = {token: place for place, token in enumerate(ids)}, len(self._children)
+        follow = torch.full((lost + 1, len(ids) + 1), lost)
+        nodes = torch.zeros(4, lost + 1, dtype=torch.int64)
+        nodes[3, lost] = self.num_states - 1
+        states = {legal: state for state, legal in enumerate(self._continuations, start=1)}
+        for node, children in enumerate(self._children):
+            if (shape := self._ends.get(node)) is not None:
+                follow[node] = node
+                nodes[:3, node] = torch.tensor([len(shape.prefix), shape.min_positions, shape.max_positions])
+            else:
+                nodes[3, node] = states[frozenset(children)]
+                for token, child in children.items():
+                    follow[node, places[token]] = child
+        depth = max(len(shape.prefix) for shape in self.shapes)
+        return _Tree(depth, torch.tensor(ids), follow, tuple(nodes.unbind()))
+
+    def shape_after(self, ids: Sequence[int]) -> SpanShape | None:
+        """The shape whose prefix the ids after a `<boi>` begin with, once it is whole."""
+        node = self._node_after(ids)
+        return None if node is None else self._ends.get(node)
+
+    def _node_after(self, ids: Sequence[int]) -> int | None:
+        """Where the ids after a `<boi>` lead in the prefix tree; None where no prefix goes on with them."""
+        node = 0
+        for token in ids:
+            if node in self._ends:
+                break
+            if token not in self._children[node]:
+                return None
+            node = self._children[node][token]
+        return node
+
+    def shape_of(self, grid: tuple[int, int] | None) -> SpanShape:
+        """The shape of pictures of a grid, or of 1-D codes.
+
+        Raises:
+            ValueError: there is none.
+        """
         for shape in self.shapes:
-            matches = self._matches(input_ids, since, shape)
-            seen = since - len(shape.prefix)
-            slot, positions = seen % self.vocabulary.num_codebooks, seen // self.vocabulary.num_codebooks
-            code_state = torch.where(positions >= shape.max_positions, self.num_states - 1, self.num_states - 2)
-            code_state = torch.where(positions < shape.min_positions, self._slot_state, code_state)
-            code_state = torch.where(slot > 0, self._slot_state + slot, code_state)
-            after = torch.where(matches & (seen >= 0), code_state, after)
-        for node, state in self._nodes.items():
-            here = self._matches(input_ids, since, SpanShape(None, node, 0, 0)) & (since == len(node))
-            after = torch.where(here, state, after)
-        after = torch.where(after == self.num_states, self.num_states - 1, after)
-        return torch.where(opened, after, 0)
+            if shape.grid == grid:
+                return shape
+        raise ValueError(f"A picture of grid {grid} is not legal here; legal are {self._shown_shapes()}.")
+
+    def _shown_shapes(self) -> str:
+        legal = [str(s.grid or f"{s.min_positions} to {s.max_positions} positions") for s in self.shapes]
+        return ", ".join(legal[:8]) + (f" and {len(legal) - 8} more" if len(legal) > 8 else "")
 
     def ahead(self, ids: Sequence[int]) -> list[int]:
         """The state after `ids`, and those that follow whatever the ids to come are.
@@ -142,9 +212,10 @@ class SpanGrammar:
         if since is None or ids[-1 - since] == vocabulary.eoi_token_id:
             return [0]
         after = tuple(ids[len(ids) - since :])
-        shape = next((s for s in self.shapes if after[: len(s.prefix)] == s.prefix), None)
-        if shape is None:
-            return [self._nodes.get(after, self.num_states - 1)]
+        if (node := self._node_after(after)) is None:
+            return [self.num_states - 1]
+        if (shape := self._ends.get(node)) is None:
+            return [1 + self._continuations.index(frozenset(self._children[node]))]
         states: list[int] = []
         for seen in count(len(after) - len(shape.prefix)):
             positions, slot = divmod(seen, vocabulary.num_codebooks)
@@ -175,10 +246,9 @@ class SpanGrammar:
         for shape in self.shapes:
             if shape.grid == grid and shape.min_positions <= len(kept) <= shape.max_positions:
                 return [self.vocabulary.boi_token_id, *shape.prefix, *body, self.vocabulary.eoi_token_id]
-        legal = ", ".join(
-            str(shape.grid or f"{shape.min_positions} to {shape.max_positions} positions") for shape in self.shapes[:8]
+        raise ValueError(
+            f"A picture of grid {grid} with {len(kept)} positions is not legal here; legal are {self._shown_shapes()}."
         )
-        raise ValueError(f"A picture of grid {grid} with {len(kept)} positions is not legal here; legal are {legal}.")
 
     def parse(self, ids: list[int]) -> list[TextSpan | ImageSpan]:
         """Split ids into text and pictures, in order; empty text is left out."""
@@ -199,7 +269,7 @@ class SpanGrammar:
 
     def _parse_picture(self, ids: list[int], start: int) -> tuple[ImageSpan, int]:
         vocabulary = self.vocabulary
-        shape = next((s for s in self.shapes if tuple(ids[start : start + len(s.prefix)]) == s.prefix), None)
+        shape = self.shape_after(ids[start : start + self._tree.depth])
         position = start + (len(shape.prefix) if shape else 0)
         flat: list[int | None] = []
         while position < len(ids):
@@ -224,12 +294,3 @@ class SpanGrammar:
         opening = torch.where(input_ids == self.vocabulary.boi_token_id, positions, -1).cummax(dim=1).values
         closing = torch.where(input_ids == self.vocabulary.eoi_token_id, positions, -1).cummax(dim=1).values
         return opening > closing, positions - opening
-
-    def _matches(self, input_ids: torch.Tensor, since: torch.Tensor, shape: SpanShape) -> torch.Tensor:
-        """Where the ids after the last `<boi>` begin with the shape's prefix, bool `[B, T]`."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        found = since >= len(shape.prefix)
-        for depth, token in enumerate(shape.prefix):
-            place = (positions - since + 1 + depth).clamp(0, input_ids.shape[1] - 1)
-            found = found & (input_ids.gather(1, place) == token)
-        return found

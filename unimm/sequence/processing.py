@@ -11,7 +11,8 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from unimm.codes import VisualCodes
-from unimm.sequence.grammar import ImageSpan, SpanGrammar, SpanShape
+from unimm.sequence.grammar import ImageSpan, SpanGrammar
+from unimm.sequence.shapes import SpanShape, read_shapes
 from unimm.sequence.vocabulary import VisualVocabulary
 
 OWN_CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
@@ -60,7 +61,15 @@ class UniMMProcessor(ProcessorMixin):
         text_rows: rows of the language model that belong to text.
         downsample: pixels per grid cell.
         chat_template: Jinja; None takes the tokenizer's, or ours.
+        num_special_rows: rows right after the codes for structural ids, of a published model that has them there.
+        span_shapes, spelled_sizes: the legal pictures as in `UniMMConfig`, where `grids` does not say it all.
+        num_placeholders: positions that a picture takes in a prompt, where their number is not that of its cells.
+        frames_pictures: whether a picture in a prompt stands between `<boi>`, size and `<eoi>`; where it does not, the
+            chat template writes what is around it.
+        draws_from_bare_prompts: whether a request to draw is the prompt itself, without the chat template.
     """
+
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values"]  # may be a list of many shapes
 
     def __init__(
         self,
@@ -71,11 +80,22 @@ class UniMMProcessor(ProcessorMixin):
         text_rows: int | None = None,
         downsample: int = 16,
         chat_template: str | None = None,
+        num_special_rows: int = 0,
+        span_shapes: list[dict[str, Any]] | None = None,
+        spelled_sizes: dict[str, Any] | None = None,
+        num_placeholders: int | None = None,
+        frames_pictures: bool = True,
+        draws_from_bare_prompts: bool = False,
     ) -> None:
         self.grids = [list(grid) for grid in grids]
         self.codebook_sizes = list(codebook_sizes)
         self.text_rows = text_rows or len(tokenizer)
         self.downsample = downsample
+        self.num_special_rows = num_special_rows
+        self.span_shapes, self.spelled_sizes = span_shapes, spelled_sizes
+        self.num_placeholders = num_placeholders
+        self.frames_pictures = frames_pictures
+        self.draws_from_bare_prompts = draws_from_bare_prompts
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
         template = chat_template or tokenizer.chat_template or OWN_CHAT_TEMPLATE
@@ -114,6 +134,8 @@ class UniMMProcessor(ProcessorMixin):
     @property
     def shapes(self) -> tuple[SpanShape, ...]:
         """The legal pictures."""
+        if self.span_shapes is not None:
+            return read_shapes(self.span_shapes, self.spelled_sizes)
         spelled = len(self.grids) > 1
         prefixes = [self._text_ids(size_text(grid)) if spelled else [] for grid in self.grids]
         return tuple(
@@ -131,6 +153,7 @@ class UniMMProcessor(ProcessorMixin):
             eoi_token_id=tokenizer.eoi_token_id,
             image_token_id=tokenizer.image_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            num_special_rows=self.num_special_rows,
         )
 
     @property
@@ -158,13 +181,57 @@ class UniMMProcessor(ProcessorMixin):
             self._check_length(longest)
         return encoded
 
+    def drawing_inputs(self, prompts: Sequence[str]) -> BatchFeature:
+        """Ids of requests to draw, `[B, T]`, padded on the left; the picture's opening is up to `generate`.
+
+        Raises:
+            ValueError: a prompt longer than the model takes.
+        """
+        if self.draws_from_bare_prompts:
+            encoded = self(text=[self.escape(prompt) for prompt in prompts], return_tensors="pt", padding=True)
+            self._check_length(encoded["input_ids"].shape[1])
+            return encoded
+        return self.apply_chat_template(
+            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True},
+        )
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that one picture becomes in a prompt: `<boi>` size placeholders `<eoi>`."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        grid = [height // self.downsample, width // self.downsample]
-        size = size_text(grid) if len(self.grids) > 1 else ""
-        placeholders = self.image_token * (grid[0] * grid[1] * len(self.codebook_sizes))
+        grid = (height // self.downsample, width // self.downsample)
+        positions = self.num_placeholders or grid[0] * grid[1]
+        placeholders = self.image_token * (positions * len(self.codebook_sizes))
+        if not self.frames_pictures:
+            return placeholders
+        size = "" if self.num_placeholders else self.size_text(grid)
         return f"{self.tokenizer.boi_token}{size}{placeholders}{self.tokenizer.eoi_token}"
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of a picture of so many pixels.
+
+        Raises:
+            ValueError: sides that are no whole cells.
+        """
+        if height % self.downsample or width % self.downsample:
+            raise ValueError(
+                f"size is {height} x {width}; both must be multiples of {self.downsample}, a cell's pixels."
+            )
+        return height // self.downsample, width // self.downsample
+
+    def size_text(self, grid: tuple[int, int]) -> str:
+        """What spells the size of a picture after `<boi>`.
+
+        Raises:
+            ValueError: no legal picture has this grid.
+        """
+        if self.span_shapes is not None:
+            return self.tokenizer.decode(list(self.grammar.shape_of(grid).prefix))
+        return size_text(grid) if len(self.grids) > 1 else ""
 
     def encode_messages(
         self, messages: list[Message], images: Sequence[VisualCodes], *, answers_only: bool
@@ -201,11 +268,17 @@ class UniMMProcessor(ProcessorMixin):
         grammar, pictures = self.grammar, iter(images)
         row = EncodedMessages([], [])
         for token, keep in zip(ids, learned, strict=True):
-            piece = grammar.build(next(pictures)) if token == self.image_token_id else [token]
+            piece = self._picture_ids(grammar, next(pictures)) if token == self.image_token_id else [token]
             row.input_ids.extend(piece)
             row.labels.extend(piece if keep else [IGNORED_LABEL] * len(piece))
         self._check_length(len(row.input_ids))
         return row
+
+    def _picture_ids(self, grammar: SpanGrammar, codes: VisualCodes) -> list[int]:
+        ids = grammar.build(codes)
+        if self.frames_pictures:
+            return ids
+        return [token for token in ids if self.text_rows <= token < self.vocabulary.image_token_end]
 
     def null_prompt_ids(self) -> list[int]:
         """The prompt of an empty request: what guidance steers away from."""

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from unimm.codec import VisualCodecConfig
-from unimm.sequence import SpanGrammar, SpanShape, VisualVocabulary
+from unimm.sequence import SpanGrammar, VisualVocabulary, read_shapes
 
 
 @strict
@@ -26,7 +26,12 @@ class UniMMConfig(PreTrainedConfig):
         vision_norm: whether picture positions have a final norm of their own.
         span_shapes: legal pictures, each `{"grid": [rows, columns] | None, "prefix": ids, "min_positions",
             "max_positions"}`.
+        spelled_sizes: pictures of every size within bounds, `{"rows": [lowest, highest], "columns": [lowest, highest],
+            "digits": ten ids, "between": ids, "end": ids}`; see `SpelledSizes`.
+        default_grid: (rows, columns) of a picture that is asked for without a size; None leaves it to the model.
         null_prompt_ids: the unconditional prompt of guidance.
+        reads_features: whether pictures in a prompt are read as features of the codec's cells rather than as codes, as
+            in LaVIT (2309.04669); see `FeatureReader`.
         image_loss_weight: weight of a code against a text token in the loss.
         z_loss_weight: weight of the squared log of the softmax's divisor in the loss.
 
@@ -50,10 +55,13 @@ class UniMMConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     eos_token_id: int | list[int] | None = None
     span_shapes: list[dict[str, Any]] | None = None
+    spelled_sizes: dict[str, Any] | None = None
+    default_grid: list[int] | None = None
     null_prompt_ids: list[int] | None = None
     vision_layers_before: int = 0
     vision_layers_after: int = 0
     vision_norm: bool = False
+    reads_features: bool = False
     image_loss_weight: float = 1.0
     z_loss_weight: float = 0.0
     tie_word_embeddings: bool = False
@@ -72,6 +80,8 @@ class UniMMConfig(PreTrainedConfig):
             self.span_shapes = [{"grid": [2, 2], "prefix": [], "min_positions": 4, "max_positions": 4}]
         self._check_vocabulary()
         self._check_vision_layers()
+        if self.reads_features and self.codec_config is None:
+            raise ValueError("reads_features is True and there is no codec_config; features are read by a codec.")
         super().__post_init__(**kwargs)
 
     def _check_vocabulary(self) -> None:
@@ -118,13 +128,4 @@ class UniMMConfig(PreTrainedConfig):
     @property
     def grammar(self) -> SpanGrammar:
         assert self.span_shapes is not None
-        shapes = tuple(
-            SpanShape(
-                grid=tuple(shape["grid"]) if shape["grid"] else None,
-                prefix=tuple(shape["prefix"]),
-                min_positions=shape["min_positions"],
-                max_positions=shape["max_positions"],
-            )
-            for shape in self.span_shapes
-        )
-        return SpanGrammar(self.vocabulary, shapes)
+        return SpanGrammar(self.vocabulary, read_shapes(self.span_shapes, self.spelled_sizes))

@@ -15,10 +15,11 @@ from transformers.utils import ModelOutput
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
 from unimm.codes import VisualCodes
 from unimm.generation import UniMMGenerationMixin
-from unimm.sequence import ImageSpan, UniMMProcessor
+from unimm.sequence import IGNORED_LABEL, ImageSpan, UniMMProcessor, shape_fields
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.decoder import CachedDecoder, is_covered
 from unimm.unified.losses import factored_cross_entropy
+from unimm.unified.reader import FeatureReader
 from unimm.unified.rows import code_rows, extend_rows
 from unimm.unified.vision_layers import ModalityNorm, add_vision_layers, later_layers, split_norm
 
@@ -79,6 +80,9 @@ class UniMMModel(UniMMPreTrainedModel):
         self.visual = VisualCodecModel(config.codec_config) if config.codec_config is not None else None
         if self.visual is not None:
             self.visual.requires_grad_(False)
+        self.reader: FeatureReader | None = None
+        if config.reads_features:
+            self.reader = FeatureReader(self.codec, config.text_config.hidden_size)
         self.post_init()
 
     def train(self, mode: bool = True) -> UniMMModel:
@@ -113,20 +117,44 @@ class UniMMModel(UniMMPreTrainedModel):
         """Token ids of codes `[B, N, K]`, `[B, N K]`."""
         return self.config.vocabulary.to_token_ids(codes.ids).flatten(1)
 
-    def place_pictures(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Replace placeholders by the codes of the pictures, in order.
+    def place_pictures(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """Replace placeholders by the codes of the pictures, in order; a list may hold pictures of several shapes.
 
         Raises:
             ValueError: another number of placeholders than codes.
         """
         placeholders = input_ids == self.config.image_token_id
-        ids = self.codes_to_ids(self.codec.encode(pixel_values))
+        batches = [pixel_values] if isinstance(pixel_values, torch.Tensor) else [one[None] for one in pixel_values]
+        ids = torch.cat([self.codes_to_ids(self.codec.encode(batch)).flatten() for batch in batches])
         if int(placeholders.sum()) != ids.numel():
             raise ValueError(
                 f"The prompt has {int(placeholders.sum())} picture placeholders for {ids.numel()} codes of "
                 f"{len(pixel_values)} pictures; give one image part per picture."
             )
         return input_ids.masked_scatter(placeholders, ids)
+
+    def read_pictures(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings `[B, T, D]` with features of the pictures at their placeholders, and the mask `[B, T]` without the
+        cells that the codec drops, so that a picture is as long as its content.
+
+        Raises:
+            ValueError: a model that reads codes, or another number of placeholders than cells.
+        """
+        if self.reader is None:
+            raise ValueError("This model reads pictures as codes; place_pictures puts them into input_ids.")
+        cells, keep = self.codec.kept_cells(pixel_values)
+        features, places = self.reader(cells, keep), input_ids == self.config.image_token_id
+        if int(places.sum()) != keep.numel():
+            raise ValueError(
+                f"The prompt has {int(places.sum())} picture placeholders for {keep.numel()} cells of "
+                f"{len(pixel_values)} pictures; give one image part per picture."
+            )
+        embeds = self.get_input_embeddings()(input_ids)
+        embeds = embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return embeds, mask.masked_scatter(places, keep.to(mask.dtype))
 
     def forward(
         self,
@@ -148,7 +176,11 @@ class UniMMModel(UniMMPreTrainedModel):
         Raises:
             ValueError: vision-only layers, and `inputs_embeds` without `image_positions` of their shape.
         """
-        if pixel_values is not None and input_ids is not None:
+        if pixel_values is not None and input_ids is not None and self.reader is not None:
+            inputs_embeds, attention_mask = self.read_pictures(input_ids, attention_mask, pixel_values)
+            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0) if position_ids is None else position_ids
+            input_ids = None
+        elif pixel_values is not None and input_ids is not None:
             input_ids = self.place_pictures(input_ids, pixel_values)
         if self.config.has_vision_path:
             image_positions = self._image_positions(input_ids, inputs_embeds, image_positions)
@@ -241,17 +273,21 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             logits_to_keep: logits of the last positions only; 0 keeps all.
             num_items_in_batch: targets of the whole batch, where this call sees a part of it.
         """
-        if pixel_values is not None and input_ids is not None:
+        if self.model.reader is not None:
+            if labels is not None:  # what is read as features is no target
+                labels = labels.masked_fill(labels == self.config.image_token_id, IGNORED_LABEL)
+        elif pixel_values is not None and input_ids is not None:
             placed = self.model.place_pictures(input_ids, pixel_values)
             if labels is not None:
                 labels = torch.where(labels == self.config.image_token_id, placed, labels)
-            input_ids = placed
+            input_ids, pixel_values = placed, None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
             image_positions=image_positions,
             use_cache=use_cache,
             **kwargs,
@@ -284,6 +320,14 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
     def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Ids with the codes of the pictures in place of placeholders; see `UniMMModel.place_pictures`."""
         return input_ids if pixel_values is None else self.model.place_pictures(input_ids, pixel_values)
+
+    def _picture_inputs(self, input_ids: torch.Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        pixel_values = model_inputs.get("pixel_values")
+        if self.model.reader is None or pixel_values is None:
+            return model_inputs
+        embeds, mask = self.model.read_pictures(input_ids, model_inputs.get("attention_mask"), pixel_values)
+        rest = {name: value for name, value in model_inputs.items() if name != "pixel_values"}
+        return rest | {"inputs_embeds": embeds, "attention_mask": mask}
 
     def decode_image_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Pixels `[pictures, 3, H, W]` in [-1, 1] of every whole picture in a generated sequence `[T]` or `[1, T]`.
@@ -386,15 +430,6 @@ def config_for(
         text["num_hidden_layers"] = text_config.num_hidden_layers + added
         if types := text.get("layer_types"):
             text["layer_types"] = types[:1] * vision_layers_before + types + types[-1:] * vision_layers_after
-    shapes = [
-        {
-            "grid": list(shape.grid) if shape.grid else None,
-            "prefix": list(shape.prefix),
-            "min_positions": shape.min_positions,
-            "max_positions": shape.max_positions,
-        }
-        for shape in processor.shapes
-    ]
     return UniMMConfig(
         text_config=text,
         codec_config=codec.config.to_dict(),
@@ -405,7 +440,7 @@ def config_for(
         image_token_id=vocabulary.image_token_id,
         pad_token_id=vocabulary.pad_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
-        span_shapes=shapes,
+        span_shapes=[shape_fields(shape) for shape in processor.shapes],
         null_prompt_ids=processor.null_prompt_ids(),
         vision_layers_before=vision_layers_before,
         vision_layers_after=vision_layers_after,

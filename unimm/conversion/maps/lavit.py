@@ -10,6 +10,17 @@ from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, fi
 ENCODER, DECODER = "tokenizer_encoder", "tokenizer_decoder"
 MERGER_MLP_RATIO = 4.3637
 FEATURE_WIDTH, OUT_WIDTH = 1408, 768  # of the tower, and of what the first diffusion model reads
+RELEASED = {
+    "img_size": 224,
+    "patch_size": 14,
+    "width": 1408,
+    "layers": 12,
+    "heads": 16,
+    "n_code": 16384,
+    "code_dim": 32,
+}
+RELEASED_DECODER = {"in_chans": 32, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4}
+TOWER_DEPTH = 40  # one block more than SEED's tower, whose last one is left out
 MERGER_PARTS = {
     "norm0": "kept_norm",
     "token_causal_attn.qkv": "kept.qkv",
@@ -44,6 +55,14 @@ WITHOUT_EFFECT = (
 )
 
 
+def merger_renames(source: str, target: str) -> tuple[Rename, ...]:
+    """The merger's keys; `source` is a pattern."""
+    return (
+        *under(source, target, {"ln_vision": "features_norm", "norm": "norm"}),
+        *under(rf"{source}\.blocks\.(?P<index>\d+)", target + r".blocks.\g<index>", MERGER_PARTS),
+    )
+
+
 def plan(upstream: UpstreamConfig) -> Plan:
     """The plan of `DynamicVisualTokenizer` and `VQDecoder`.
 
@@ -51,17 +70,20 @@ def plan(upstream: UpstreamConfig) -> Plan:
         ValueError: a tower or a decoder of other sizes than the tokenizer.
     """
     name = "DynamicVisualTokenizer"
-    size, patch, width = (upstream.get(f"{name}.{field}") for field in ("img_size", "patch_size", "width"))
-    tower = {**EVA_G, **upstream.get("EVAVisionTransformer", {})}
+    size, patch, width = (
+        upstream.get(f"{name}.{field}", RELEASED[field]) for field in ("img_size", "patch_size", "width")
+    )
+    tower = {**EVA_G, **upstream.get("EVAVisionTransformer", {"depth": TOWER_DEPTH})}
     if (tower["patch_size"], tower["embed_dim"]) != (patch, width):
         raise ValueError(
             f"The tower has patches of {tower['patch_size']} and width {tower['embed_dim']}, "
             f"the tokenizer {patch} and {width}; they must be equal."
         )
-    dim, side = upstream.get(f"{name}.code_dim"), size // patch
-    decoder_width = upstream.get("VQDecoder.embed_dim")
-    if upstream.get("VQDecoder.in_chans") != dim:
-        raise ValueError(f"VQDecoder.in_chans is {upstream.get('VQDecoder.in_chans')}; codes have {dim} channels.")
+    dim, side = upstream.get(f"{name}.code_dim", RELEASED["code_dim"]), size // patch
+    drawn = {**RELEASED_DECODER, **upstream.get("VQDecoder", {"in_chans": dim})}
+    decoder_width = drawn["embed_dim"]
+    if drawn["in_chans"] != dim:
+        raise ValueError(f"VQDecoder.in_chans is {drawn['in_chans']}; codes have {dim} channels.")
     grid = {"rows": side, "columns": side}
     config = VisualCodecConfig(
         image_size=size,
@@ -71,13 +93,13 @@ def plan(upstream: UpstreamConfig) -> Plan:
         resampler={
             "kind": "select",
             "dim": dim,
-            "depth": upstream.get(f"{name}.layers"),
-            "num_heads": upstream.get(f"{name}.heads"),
+            "depth": upstream.get(f"{name}.layers", RELEASED["layers"]),
+            "num_heads": upstream.get(f"{name}.heads", RELEASED["heads"]),
             "mlp_width": int(width * upstream.field("literals_kept.merger_mlp_ratio", MERGER_MLP_RATIO)),
         },
         quantizer={
             "kind": "vq",
-            "size": upstream.get(f"{name}.n_code"),
+            "size": upstream.get(f"{name}.n_code", RELEASED["n_code"]),
             "dim": dim,
             "project": False,
             "raw_rows": True,
@@ -86,11 +108,11 @@ def plan(upstream: UpstreamConfig) -> Plan:
         decoder={
             "kind": "cross_vit",
             "dim": dim,
-            "tokens": (upstream.get("VQDecoder.img_size", size) // upstream.get("VQDecoder.patch_size", patch)) ** 2,
+            "tokens": (drawn.get("img_size", size) // drawn.get("patch_size", patch)) ** 2,
             "width": decoder_width,
-            "depth": upstream.get("VQDecoder.depth"),
-            "num_heads": upstream.get("VQDecoder.num_heads"),
-            "mlp_width": int(decoder_width * upstream.get("VQDecoder.mlp_ratio")),
+            "depth": drawn["depth"],
+            "num_heads": drawn["num_heads"],
+            "mlp_width": int(decoder_width * drawn["mlp_ratio"]),
             "feature_width": upstream.literal("decoder_out_dim", FEATURE_WIDTH),
             "out_dim": upstream.literal("unet_proj", OUT_WIDTH),
         },
@@ -100,8 +122,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         *tower_renames(rf"{ENCODER}\.encoder"),
         *under(rf"{predictor}\.in_conv", "resampler.selector.before", {"0": "0", "1": "1"}),
         *under(rf"{predictor}\.out_conv", "resampler.selector.after", {"0": "0", "2": "2", "4": "4"}),
-        *under(merger, "resampler", {"ln_vision": "features_norm", "norm": "norm"}),
-        *under(rf"{merger}\.blocks\.(?P<index>\d+)", r"resampler.blocks.\g<index>", MERGER_PARTS),
+        *merger_renames(merger, "resampler.merger"),
         *under(rf"{ENCODER}\.encode_task_layer", "resampler.to_positions", {"0": "0", "2": "2"}),
         Rename(rf"{ENCODER}\.quantize\.embedding\.weight", "quantizer.codebook"),
         *under(DECODER, "decoder", {"in_proj": "embed", "norm": "norm", "unet_proj": "out"}),
@@ -120,5 +141,5 @@ TOKENIZER = Upstream(
     paper="arXiv 2309.04669",
     plan=plan,
     restricted=True,
-    aliases=("lavit",),
+    aliases=("lavit_codec",),
 )

@@ -117,7 +117,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         Rename(r"image_down\.(?P<index>\d+)\.weight", r"decoder.narrow.\g<index>.weight"),
         Rename(rf"distill_image_proj\.{LEAVES}", r"decoder.head.\g<leaf>"),
     )
-    return Plan(config, renames, WITHOUT_EFFECT)
+    return Plan(config, renames, WITHOUT_EFFECT, stretch=True)
 
 
 TOKENIZER = Upstream(

@@ -135,7 +135,8 @@ def plan(upstream: UpstreamConfig) -> Plan:
         r"encoder\.(?:post_layernorm|head)\..*",
         r"decoder\.(?:vision_model\.)?head\..*",
     )
-    return Plan(config, renames, without_effect, constants={r"scale_layer\.(?:scale|shift)": 0.5})
+    constants = {r"scale_layer\.(?:scale|shift)": 0.5}
+    return Plan(config, renames, without_effect, constants=constants, stretch=True)
 
 
 TA_TOK = Upstream(
@@ -145,5 +146,5 @@ TA_TOK = Upstream(
     paper="arXiv 2506.18898",
     plan=plan,
     restricted=True,
-    aliases=("tatok", "tar"),
+    aliases=("tatok",),
 )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from unimm.codec import VisualCodecConfig
 from unimm.conversion.maps.pyramids import BLOCK, GRID_PROJECTIONS
 from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, first, under
 
 # By the name of the tower in upstream's configuration.
 TOWERS = {
-    "siglip2-g-384": {"image_size": 384, "patch_size": 16, "width": 1536, "layers": 40, "heads": 16, "mlp_ratio": 4},
+    "siglip2_giant_patch16_384": {
+        "image_size": 384,
+        "patch_size": 16,
+        "width": 1536,
+        "layers": 40,
+        "heads": 16,
+        "mlp_ratio": 4,
+    },
 }
 TABLE_PIXELS = 2048  # side of the picture whose grid the position table has
 TRAINING_SIDE = 384
@@ -31,8 +41,12 @@ PARTS = {
 WITHOUT_EFFECT = (r"vit\.norm\..*", r"vit\.attn_pool\..*", r"vit\.(?:fc_norm|head)\..*")
 
 
-def plan(upstream: UpstreamConfig) -> Plan:
+def plan(upstream: UpstreamConfig, *, shapes: Mapping[str, Any] | None = None) -> Plan:
     """The plan of `SiglipTokenizer`.
+
+    Args:
+        upstream: its configuration.
+        shapes: how pictures are resized; as released, where they fit, if None.
 
     Raises:
         ValueError: a tower that neither the configuration nor this map describes.
@@ -83,6 +97,8 @@ def plan(upstream: UpstreamConfig) -> Plan:
     )
     # A table that was cut to less cannot take pictures of the released sizes.
     any_shape = RELEASED_SHAPES if table_pixels >= RELEASED_SHAPES["long_size"] else None
+    if shapes is not None:
+        any_shape = {name: shapes.get(name, released) for name, released in RELEASED_SHAPES.items()}
     return Plan(config, renames, without_effect=WITHOUT_EFFECT, any_shape=any_shape)
 
 
@@ -92,5 +108,5 @@ TOKENIZER = Upstream(
     licence="Apache-2.0",
     paper="arXiv 2507.22058",
     plan=plan,
-    aliases=("xomni", "x_omni", "siglip_vq"),
+    aliases=("siglip_vq",),
 )

@@ -8,13 +8,10 @@ more than upstream has stands for codes that are yet to be computed, and rows of
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.nn.functional import pad
-
 from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig
+from unimm.conversion.whole import filled_up, padded_rows
 from unimm.unified import UniMMConfig, UniMMForConditionalGeneration
 
 SPECIALS = ("<SOM>", "<EOM>", "<IMAGE>")  # in the order of their ids
@@ -48,6 +45,12 @@ def plan(upstream: UpstreamConfig) -> Plan:
     Raises:
         ValueError: tied embeddings, or fewer image rows than codes.
     """
+    config = UniMMConfig(**language_fields(upstream))
+    return Plan(config, renames(config), model_class=UniMMForConditionalGeneration)
+
+
+def language_fields(upstream: UpstreamConfig) -> dict[str, Any]:
+    """Our configuration of the language model, as keywords."""
     text_rows, codes = upstream.get("vocab_size"), upstream.get("image_vocab_size")
     image_rows = upstream.get("mm_vocab_size")
     if upstream.get("tie_word_embeddings", False):
@@ -58,71 +61,44 @@ def plan(upstream: UpstreamConfig) -> Plan:
     if missing := [name for name in SPECIALS[:2] if name not in names]:
         raise ValueError(f"mm_special_tokens are {names}; they must name {' and '.join(missing)} too.")
     specials, first_special = max(image_rows - codes, len(names)), text_rows + codes
-    rows = -(-(first_special + specials + 1) // 128) * 128
+    rows = padded_rows(first_special + specials + 1)
     text = {name: upstream.get(name, default) for name, default in QWEN2.items()}
     theta, scaling = upstream.get("rope_theta", ROPE_THETA), upstream.get("rope_scaling", None)
     longest = text["max_position_embeddings"]
-    config = UniMMConfig(
-        text_config={"model_type": "qwen2", "vocab_size": rows, "rope_theta": theta, "rope_scaling": scaling, **text},
-        image_token_offset=text_rows,
-        codebook_sizes=[codes],
-        num_special_rows=specials + 1,
-        boi_token_id=first_special + names.index("<SOM>"),
-        eoi_token_id=first_special + names.index("<EOM>"),
-        image_token_id=first_special + specials,
-        pad_token_id=upstream.get("pad_token_id", None) or 0,
-        eos_token_id=upstream.get("eos_token_id", None),
-        span_shapes=[{"grid": None, "prefix": [], "min_positions": 1, "max_positions": longest}],
-        null_prompt_ids=[upstream.get("pad_token_id", None) or 0],
-        vision_layers_before=upstream.get("num_mm_adap_layers"),
-        vision_layers_after=upstream.get("num_mm_head_layers"),
-        vision_norm=True,
-    )
-    filled = filled_up(rows - text_rows)
-    renames = (
+    return {
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": rows,
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            **text,
+        },
+        "image_token_offset": text_rows,
+        "codebook_sizes": [codes],
+        "num_special_rows": specials + 1,
+        "boi_token_id": first_special + names.index("<SOM>"),
+        "eoi_token_id": first_special + names.index("<EOM>"),
+        "image_token_id": first_special + specials,
+        "pad_token_id": upstream.get("pad_token_id", None) or 0,
+        "eos_token_id": upstream.get("eos_token_id", None),
+        "span_shapes": [{"grid": None, "prefix": [], "min_positions": 1, "max_positions": longest}],
+        "null_prompt_ids": [upstream.get("pad_token_id", None) or 0],
+        "vision_layers_before": upstream.get("num_mm_adap_layers"),
+        "vision_layers_after": upstream.get("num_mm_head_layers"),
+        "vision_norm": True,
+    }
+
+
+def renames(config: UniMMConfig) -> tuple[Rename, ...]:
+    """The language model's keys."""
+    filled = filled_up(config.vocabulary.size - config.image_token_offset)
+    return (
         Rename(r"model\.layers\.(?P<rest>.*)", r"model.language_model.layers.\g<rest>"),
         *(Rename(re.escape(names[0]), ours, part=0) for ours, names in TABLES.items()),
         *(Rename(re.escape(names[1]), ours, filled, part=1) for ours, names in TABLES.items()),
         Rename(r"model\.lm_norm\.weight", "model.norm.text.weight"),
         Rename(r"model\.mm_norm\.weight", "model.norm.image.weight"),
     )
-    return Plan(config, renames, model_class=UniMMForConditionalGeneration, dtype=None)
-
-
-def filled_up(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Rows of zeros below a table, up to `rows` in all."""
-
-    def change(table: torch.Tensor) -> torch.Tensor:
-        return pad(table, (0, 0, 0, rows - len(table)))
-
-    return change
-
-
-def restore(model: UniMMForConditionalGeneration) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Upstream's configuration and weights of a model that `plan` describes, trained further or not."""
-    config, text = model.config, model.config.text_config
-    text_rows, codes = config.image_token_offset, sum(config.vocabulary.codebook_sizes)
-    image_rows = codes + config.num_special_rows - 1
-    fields = {name: text.to_dict()[name] for name in QWEN2}
-    fields |= {
-        "vocab_size": text_rows,
-        "image_vocab_size": codes,
-        "mm_vocab_size": image_rows,
-        "num_mm_adap_layers": config.vision_layers_before,
-        "num_mm_head_layers": config.vision_layers_after,
-        "tie_word_embeddings": False,
-        "rope_theta": text.rope_parameters["rope_theta"],
-    }
-    weights = {}
-    for key, tensor in model.state_dict().items():
-        if key in TABLES:
-            names = TABLES[key]
-            weights[names[0]] = tensor[:text_rows].contiguous()
-            weights[names[1]] = tensor[text_rows : text_rows + image_rows].contiguous()
-        else:
-            key = key.replace("model.language_model.layers.", "model.layers.")
-            weights[key.replace("norm.text.", "lm_norm.").replace("norm.image.", "mm_norm.")] = tensor
-    return {"system": LANGUAGE_MODEL.system, "args": fields}, weights
 
 
 LANGUAGE_MODEL = Upstream(
@@ -131,5 +107,4 @@ LANGUAGE_MODEL = Upstream(
     licence="Apache-2.0",
     paper="arXiv 2507.22058",
     plan=plan,
-    restore=restore,
 )
