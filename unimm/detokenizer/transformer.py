@@ -31,7 +31,7 @@ class ModulatedBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = SelfAttention(width, num_heads)
         self.mlp_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = MLP(width, mlp_ratio)
+        self.mlp = MLP(width, mlp_ratio * width)
         self.modulation_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(self, hidden: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
