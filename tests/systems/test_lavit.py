@@ -10,6 +10,7 @@ from tiny_upstreams import (
     GOLDEN,
     a_picture,
     check_everyday_use,
+    check_grpo,
     check_lora,
     golden_io,
     golden_weights,
@@ -189,3 +190,9 @@ def test_an_adapter_learns(converted):
     check_lora(
         converted, VisualCodes(torch.arange(5).view(1, 5, 1), torch.ones(1, 5, dtype=torch.bool)), answers_only=False
     )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brightness")
+def test_reinforcement_learning_runs(converted, tmp_path):
+    check_grpo(converted, tmp_path)

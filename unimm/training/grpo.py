@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from unimm.codes import VisualCodes
 from unimm.data.conversations import drawing_request
 from unimm.data.pictures import to_pictures
 from unimm.data.worlds import WORLDS
+from unimm.pipelines import UniMM
 from unimm.rewards import REWARDS, Drawing, Reward, RewardMixture, load_alignment
 from unimm.scorers.facts import SceneFacts
 from unimm.sequence import ImagePart, UniMMProcessor
@@ -183,6 +185,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
             top_p=recipe.sampling.top_p,
             guidance_scale=recipe.sampling.guidance_scale,
         )
+        self.front = UniMM(model, processor, Path(recipe.init_from))
         self._scored: torch.Tensor | None = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*'rollout_func'.*experimental")
@@ -203,16 +206,10 @@ class DrawingGRPOTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list[list[dict[str, str]]], trainer: GRPOTrainer) -> dict[str, list | None]:
         """Draw all prompts as one batch. The log-probabilities of the very first drawings are kept for the check."""
-        encoded = self.processor.apply_chat_template(
-            prompts,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True},
-        ).to(self.accelerator.device)
+        requests = [prompt[-1]["content"] for prompt in prompts]
+        encoded = self.processor.drawing_inputs(requests).to(self.accelerator.device)
         grammar, sampling = self.policy.grammar, self.recipe.sampling
-        opening, end = grammar.vocabulary.boi_token_id, grammar.vocabulary.eoi_token_id
+        opening, end = self.front.model.picture_opening(), grammar.vocabulary.eoi_token_id
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, torch.no_grad():
             training = model.training
             model.eval()
@@ -223,17 +220,18 @@ class DrawingGRPOTrainer(GRPOTrainer):
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=0,
+                min_p=0.0,  # None would be filled in from the model
                 guidance_scale=sampling.guidance_scale,
                 max_new_tokens=grammar.longest,
                 return_dict_in_generate=True,
                 output_scores=self._step == 0,
             )
             model.train(training)
-        drawn = output.sequences[:, encoded["input_ids"].shape[1] + 1 :]
+        drawn = output.sequences[:, encoded["input_ids"].shape[1] + len(opening) :]
         lengths = ((drawn == end).int().argmax(dim=1) + 1).tolist()
         completions = [row[:length] for row, length in zip(drawn.tolist(), lengths, strict=True)]
         asked = [
-            [*ids[mask.bool()].tolist(), opening]
+            [*ids[mask.bool()].tolist(), *opening]
             for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
         ]
         log_probs = None
@@ -242,13 +240,24 @@ class DrawingGRPOTrainer(GRPOTrainer):
             taken = torch.stack([s.gather(1, drawn[:, i, None])[:, 0] for i, s in enumerate(steps)], dim=1)
             log_probs = [row[:length] for row, length in zip(taken.tolist(), lengths, strict=True)]
         self._log_metric("diversity", group_diversity(drawn[:, :-1], self.num_generations))
-        parts = [self.processor.parse([opening, *row])[0] for row in completions]
+        parts = [self.processor.parse([*opening, *row])[0] for row in completions]
         return {
             "prompt_ids": asked,
             "completion_ids": completions,
             "logprobs": log_probs,
-            "picture": paint(self.accelerator.unwrap_model(self.model).codec, parts),
+            "picture": self._paint(parts),
         }
+
+    def _paint(self, parts: Sequence[Any]) -> list[Image.Image | None]:
+        """Pictures by the codec's decoder, or by the detokenizer where that makes no pixels."""
+        if self.front.model.codec.decoder_options.makes_pixels:
+            return paint(self.front.model.codec, parts)
+        pictures: list[Image.Image | None] = [None] * len(parts)
+        whole = [place for place, part in enumerate(parts) if isinstance(part, ImagePart) and part.complete]
+        drawn = self.front.decode([parts[place].codes for place in whole], seed=self._step)
+        for place, picture in zip(whole, drawn, strict=True):
+            pictures[place] = picture.image
+        return pictures
 
     def _get_per_token_logps_and_entropies(
         self,
