@@ -99,6 +99,17 @@ def test_scales_per_sample(tiny):
     assert both[1].equal(model.generate(**prompts, **options, guidance_scale=SCALE)[1])
 
 
+def test_a_scale_in_the_generation_config_guides_once_and_pictures_only(tiny, monkeypatch):
+    model, processor = tiny
+    inputs = ask(processor, "a star", "what is it?")
+    options = {"do_sample": False, "max_new_tokens": 6}
+    drawn = model.generate(**inputs, generation_mode="image", guidance_scale=SCALE, **options)
+    written = model.generate(**inputs, generation_mode="text", guidance_scale=1.0, **options)
+    monkeypatch.setattr(model.generation_config, "guidance_scale", SCALE)
+    assert model.generate(**inputs, generation_mode="image", **options).equal(drawn)
+    assert model.generate(**inputs, generation_mode="text", **options).equal(written)
+
+
 def test_sampled_pictures_always_parse(tiny):
     model, processor = tiny
     torch.manual_seed(0)

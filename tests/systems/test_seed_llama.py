@@ -16,6 +16,7 @@ from tiny_upstreams import (
     GOLDEN,
     a_picture,
     check_everyday_use,
+    check_grpo,
     check_lora,
     golden_io,
     golden_weights,
@@ -194,3 +195,9 @@ def test_another_pipeline_is_refused(source, tmp_path):
 
 def test_an_adapter_learns(converted):
     check_lora(converted, VisualCodes(torch.arange(32).view(1, 32, 1), torch.ones(1, 32, dtype=torch.bool)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brightness")
+def test_reinforcement_learning_runs(converted, tmp_path):
+    check_grpo(converted, tmp_path)

@@ -10,6 +10,7 @@ from tiny_upstreams import (
     GOLDEN,
     a_picture,
     check_everyday_use,
+    check_grpo,
     check_lora,
     golden_io,
     golden_weights,
@@ -187,3 +188,9 @@ def test_the_tokenizers_sizes_are_read_from_its_file(source, tmp_path):
 
 def test_an_adapter_learns(converted):
     check_lora(converted, VisualCodes.from_grid(torch.arange(9).view(1, 3, 3, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brightness")
+def test_reinforcement_learning_runs(converted, tmp_path):
+    check_grpo(converted, tmp_path)

@@ -11,6 +11,7 @@ from tiny_upstreams import (
     GOLDEN,
     a_picture,
     check_everyday_use,
+    check_grpo,
     check_lora,
     golden_io,
     golden_weights,
@@ -262,3 +263,9 @@ def test_without_flux_it_converts_and_says_what_it_lacks(source, tmp_path):
 
 def test_an_adapter_learns(converted):
     check_lora(converted, VisualCodes.from_grid(torch.arange(6).view(1, 2, 3, 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brightness")
+def test_reinforcement_learning_runs(converted, tmp_path):
+    check_grpo(converted, tmp_path)

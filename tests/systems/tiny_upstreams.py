@@ -19,8 +19,12 @@ from transformers import (
 )
 
 import unimm
+from unimm.config import from_dict
 from unimm.pipelines import Picture
+from unimm.rewards import REWARDS, RewardMixture
 from unimm.training.adapter import AdapterConfig, lora_config, merge_adapter
+from unimm.training.grpo import DrawingGRPOTrainer, GrpoRecipe, grpo_arguments, make_prompts
+from unimm.training.run_directory import RunDirectory
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CAPTIONS = ["a red heart above a blue star", "describe the picture", "You are a helpful assistant."] * 3
@@ -167,3 +171,37 @@ def check_lora(folder, codes, *, answers_only=True):
     assert after[: vocabulary.image_token_offset].equal(before[: vocabulary.image_token_offset])
     moved = (after != before).any(dim=1)
     assert moved[vocabulary.to_token_ids(codes.ids).flatten()].all()
+
+
+def check_grpo(folder, tmp_path):
+    """Two steps of reinforcement learning, drawings by the system's detokenizer: weights move, ratios begin at one."""
+    recipe = from_dict(
+        GrpoRecipe,
+        {
+            "task": "grpo",
+            "run": {"name": "grpo", "directory": str(tmp_path), "seed": 0},
+            "init_from": str(folder),
+            "prompts": {"categories": {"single": 1.0}},
+            "rewards": {"brightness": 1.0},
+            "rollout": {"prompts": 1, "group_size": 2, "micro_batch": 2},
+            "optimizer": {"steps": 2, "lr": 1.0e-3, "warmup": 0, "weight_decay": 0.0},
+            "objective": {"kl": 0.0},
+        },
+    )
+    model = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
+    rewards, directory = RewardMixture.choose(recipe.rewards, REWARDS), RunDirectory(recipe.run)
+    directory.start(recipe)
+    before = model.lm_head.weight.detach().clone()
+    trainer = DrawingGRPOTrainer(
+        model=model,
+        processor=AutoProcessor.from_pretrained(folder),
+        recipe=recipe,
+        arguments=grpo_arguments(recipe, directory, rewards, model.config.grammar.longest),
+        prompts=make_prompts(recipe.prompts, 2),
+        rewards=rewards,
+        callbacks=[],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert not model.lm_head.weight.equal(before)
+    assert bool(model.lm_head.weight.isfinite().all())

@@ -21,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import pad
 
 from unimm.files import atomic_write
+from unimm.pipelines import UniMM
 from unimm.rewards import Drawing, RewardMixture
 from unimm.scorers.facts import SceneFacts
 from unimm.sequence import UniMMProcessor
@@ -230,11 +231,13 @@ def make_pairs(
         ValueError: no group with a difference.
     """
     config, pairs = recipe.pairs, []
+    front = UniMM(model, processor, Path(recipe.init_from))
     prompts = make_prompts(recipe.prompts, config.prompts).to_list()
     set_seed(recipe.run.seed)
     for start in tqdm(range(0, len(prompts), config.prompts_at_once), desc="drawing pairs", unit="batch"):
         asked = [row for row in prompts[start : start + config.prompts_at_once] for _ in range(config.group_size)]
-        drawn = draw(model, processor, [row["prompt"] for row in asked], recipe.sampling)
+        requests = [row["prompt"] for row in asked]
+        drawn = draw(model, front, requests, recipe.sampling, seed=recipe.run.seed + start)
         marks = rewards.total(
             [
                 Drawing(picture, row["prompt"][-1]["content"], SceneFacts.from_json(row["facts"]))

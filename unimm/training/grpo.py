@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from unimm.pipelines import UniMM
 from unimm.rewards import Drawing, Reward, RewardMixture
 from unimm.scorers.facts import SceneFacts
 from unimm.sequence import UniMMProcessor
@@ -186,6 +188,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
             top_p=recipe.sampling.top_p,
             guidance_scale=recipe.sampling.guidance_scale,
         )
+        self.front = UniMM(model, processor, Path(recipe.init_from))
         self._scored: torch.Tensor | None = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*'rollout_func'.*experimental")
@@ -210,7 +213,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
         begin = time.perf_counter()
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
             first = self._step == 0
-            drawn = draw(model, self.processor, prompts, self.recipe.sampling, log_probs=first)
+            drawn = draw(model, self.front, prompts, self.recipe.sampling, seed=self._step, log_probs=first)
         self._log_metric("rollout_time", time.perf_counter() - begin)
         self._log_metric("diversity", group_diversity(drawn.ids[:, :-1], self.num_generations))
         return {

@@ -13,14 +13,14 @@ from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from PIL import Image
 
-from unimm.codec import VisualCodecModel
 from unimm.codes import VisualCodes
 from unimm.data.conversations import Message, drawing_request
 from unimm.data.pictures import to_pictures
 from unimm.data.worlds import WORLDS
+from unimm.pipelines import UniMM
 from unimm.rewards import REWARDS, RewardMixture, load_alignment
 from unimm.scorers.facts import SceneFacts
-from unimm.sequence import ImagePart, UniMMProcessor
+from unimm.sequence import ImagePart
 from unimm.training.begin import SamplingConfig
 from unimm.training.loop import ON_CPU
 from unimm.unified import UniMMForConditionalGeneration
@@ -63,7 +63,7 @@ class Drawn:
         completion_ids: what was drawn, the end of the picture included.
         ids: the same as one block `[B, C]`.
         log_probs: of the drawn ids under the distribution that they were sampled from, where they were asked for.
-        pictures: by the codec's decoder; None where a picture is not whole.
+        pictures: None where a picture is not whole.
     """
 
     prompt_ids: list[list[int]]
@@ -76,22 +76,27 @@ class Drawn:
 @torch.no_grad()
 def draw(
     model: UniMMForConditionalGeneration,
-    processor: UniMMProcessor,
+    front: UniMM,
     prompts: Sequence[list[Message]],
     sampling: SamplingConfig,
     *,
+    seed: int,
     log_probs: bool = False,
 ) -> Drawn:
-    """One picture for each prompt, all as one batch."""
-    encoded = processor.apply_chat_template(
-        list(prompts),
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True},
-    ).to(model.device)
+    """One picture for each prompt, all as one batch.
+
+    Args:
+        model: that of `front`, perhaps with an adapter around it.
+        front: the model with its processor and, for codecs that make no pixels, its detokenizer.
+        prompts: of one turn each.
+        sampling: of the codes.
+        seed: of the detokenizer's noise.
+        log_probs: return those of the codes.
+    """
+    processor = front.processor
+    encoded = processor.drawing_inputs([prompt[-1]["content"] for prompt in prompts]).to(model.device)
     vocabulary, grammar = processor.vocabulary, processor.grammar
+    opening = front.model.picture_opening()
     training = model.training
     model.eval()
     output = model.generate(
@@ -101,13 +106,14 @@ def draw(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=0,
+        min_p=0.0,  # None would be filled in from the model, and what it cuts is not scored
         guidance_scale=sampling.guidance_scale,
         max_new_tokens=grammar.longest,
         return_dict_in_generate=True,
         output_scores=log_probs,
     )
     model.train(training)
-    drawn = output.sequences[:, encoded["input_ids"].shape[1] + 1 :]
+    drawn = output.sequences[:, encoded["input_ids"].shape[1] + len(opening) :]
     lengths = ((drawn == vocabulary.eoi_token_id).int().argmax(dim=1) + 1).tolist()
     completions = [row[:length] for row, length in zip(drawn.tolist(), lengths, strict=True)]
     taken = None
@@ -115,16 +121,16 @@ def draw(
         steps = [scores.float().log_softmax(dim=1) for scores in output.scores]
         chosen = torch.stack([s.gather(1, drawn[:, i, None])[:, 0] for i, s in enumerate(steps)], dim=1)
         taken = [row[:length] for row, length in zip(chosen.tolist(), lengths, strict=True)]
-    parts = [processor.parse([vocabulary.boi_token_id, *row])[0] for row in completions]
+    parts = [processor.parse([*opening, *row])[0] for row in completions]
     return Drawn(
         prompt_ids=[
-            [*ids[mask.bool()].tolist(), vocabulary.boi_token_id]
+            [*ids[mask.bool()].tolist(), *opening]
             for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
         ],
         completion_ids=completions,
         ids=drawn,
         log_probs=taken,
-        pictures=paint(model.codec, parts),
+        pictures=paint(front, parts, seed),
     )
 
 
@@ -198,10 +204,19 @@ def read_prompts(source: str, column: str, seed: int, number: int) -> Dataset:
 
 
 @torch.no_grad()
-def paint(codec: VisualCodecModel, parts: Sequence[Any]) -> list[Image.Image | None]:
-    """Pictures by the codec's decoder, those of one grid together; None where a part is no whole picture."""
+def paint(front: UniMM, parts: Sequence[Any], seed: int) -> list[Image.Image | None]:
+    """Pictures by the codec's decoder, those of one grid together, or by the detokenizer where that makes no pixels.
+
+    None stands where a part is no whole picture.
+    """
+    codec = front.model.codec
     pictures: list[Image.Image | None] = [None] * len(parts)
     whole = [place for place, part in enumerate(parts) if isinstance(part, ImagePart) and part.complete]
+    if not codec.decoder_options.makes_pixels:
+        drawn = front.decode([parts[place].codes for place in whole], seed=seed)
+        for place, painted in zip(whole, drawn, strict=True):
+            pictures[place] = painted.image
+        return pictures
     by_grid: dict[Any, list[int]] = {}
     for place in whole:
         codes = parts[place].codes
