@@ -18,7 +18,7 @@ from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
 from unimm.files import atomic_write
 from unimm.scorers.reconstruction import psnr
-from unimm.training.loop import ON_CPU, LoggingConfig, LoopConfig, run_loop
+from unimm.training.loop import ON_CPU, Critic, LoggingConfig, LoopConfig, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
 from unimm.training.pool import PoolConfig, held_out_pixels, render_once
@@ -65,6 +65,7 @@ class DetokenizerTask:
         self.recipe, self.codec, self.pool, self.codes = recipe, codec, pool, codes
         self.transformer = begin_transformer(recipe, codec)
         self.model: nn.Module = self.transformer
+        self.critic: Critic | None = None
         self.held_out = {name: held_out_pixels(name, VALIDATION_SIZE) for name in recipe.data.worlds}
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
