@@ -63,6 +63,7 @@ SLOTS = {
     "unitok": lambda expected: expected["codes"].transpose(1, 2),
     "meditok": lambda expected: expected["codes"].transpose(1, 2),
     "evotok": lambda expected: expected["codes"].flatten(1, 2),
+    "dualtoken": lambda expected: torch.cat([expected["codes_pix"], expected["codes_sem"]], dim=-1).flatten(1, 2),
     "fqgan": lambda expected: branches(expected, "sem", "vis"),
     "fqgan_triple": lambda expected: branches(expected, "vis", "sem_mid", "sem_high"),
 }
@@ -107,7 +108,7 @@ def test_codes_and_output_equal_the_reference(system, converted):
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("system", ["evotok", "tokenflow"])
+@pytest.mark.parametrize("system", ["evotok", "tokenflow", "dualtoken"])
 def test_features_beside_pixels_equal_the_reference(system, converted):
     codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
     features = codec.features(codec.encode(expected["pixel_values"]))

@@ -153,9 +153,21 @@ def _measuring(limit: int, weights: str | None = None) -> str:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=["tiny"], help="tiny: the rendered worlds")
+    parser.add_argument(
+        "benchmark",
+        choices=["tiny", "codec"],
+        help="tiny: drawing and reading rendered worlds; codec: copies of pictures",
+    )
     _limit_argument(parser)
-    parser.add_argument("--folder", help="where report.md, report.json and drawings.png go")
+    parser.add_argument("--folder", help="where the report and its pictures go")
+    codec = parser.add_argument_group("of codec")
+    codec.add_argument("--vae", help="judge this autoencoder of diffusers, in place of --model")
+    codec.add_argument("--side", type=int, default=256, help="of the pictures for --vae, in pixels (default: 256)")
+    codec.add_argument("--references", help="judge the copies in --copies against the pictures in this folder")
+    codec.add_argument("--copies", help="folder of copies, under the names of the references")
+    codec.add_argument("--pictures", nargs="+", default=["shapes", "words", "photographs"], help="sets to copy")
+    codec.add_argument("--extractor", help="a vision model for the Fréchet distance (default: thumbnails)")
+    codec.add_argument("--text", action="store_true", help="also read words of several heights with an OCR")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -163,6 +175,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from unimm.evaluation import evaluate_tiny
 
+    if arguments.benchmark == "codec":
+        from unimm.cli.judge import judge_codec
+
+        print(judge_codec(arguments).to_markdown())
+        return
     folder = Path(arguments.folder) if arguments.folder else None
     command, limit = _measuring(arguments.limit, arguments.weights), arguments.limit
     print(evaluate_tiny(_load(arguments), command=command, limit=limit, folder=folder).to_markdown())

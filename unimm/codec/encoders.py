@@ -197,23 +197,27 @@ class ViTEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=final_eps) if config.final_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        grid = self.patches((pixel_values - self.mean) / self.std)  # [B, D, rows, columns]
-        batch, width, rows, columns = grid.shape
-        before = 0 if self.class_token is None else 1
-        if self.table is None:
-            positions = sincos_2d(rows, columns, width, grid.device)
-        else:
-            positions = resized_table(self.table[before:], rows, columns)
-        hidden = grid.flatten(2).transpose(1, 2) + positions.to(grid.dtype)
-        if self.table is not None and self.class_token is not None:
-            class_token = (self.class_token + self.table[:1]).expand(batch, 1, -1)
-            hidden = torch.cat([class_token, hidden], dim=1)
+        hidden, grid = self.begin(pixel_values)
         for block in self.blocks:
             hidden = block(hidden)
         hidden = self.norm(hidden).transpose(1, 2)
         if self.keep_class_token:
             return hidden[:, :, None]
-        return hidden[:, :, before:].reshape(batch, width, rows, columns)
+        return hidden[:, :, 0 if self.class_token is None else 1 :].unflatten(2, grid)
+
+    def begin(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """What the first block reads, `[B, N, D]`, and the (rows, columns) of the patches."""
+        grid = self.patches((pixel_values - self.mean) / self.std)  # [B, D, rows, columns]
+        batch, width, rows, columns = grid.shape
+        if self.table is None:
+            positions = sincos_2d(rows, columns, width, grid.device)
+        else:
+            positions = resized_table(self.table[0 if self.class_token is None else 1 :], rows, columns)
+        hidden = grid.flatten(2).transpose(1, 2) + positions.to(grid.dtype)
+        if self.table is not None and self.class_token is not None:
+            class_token = (self.class_token + self.table[:1]).expand(batch, 1, -1)
+            hidden = torch.cat([class_token, hidden], dim=1)
+        return hidden, (rows, columns)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from unimm.codec.configuration import VisualCodecConfig, socket_config
 from unimm.codec.decoders import DecoderOptions
-from unimm.codec.dual import DualDecoder
+from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
@@ -158,7 +158,7 @@ class VisualCodecModel(PreTrainedModel):
             raise ValueError(
                 "This codec rebuilds pixels and no features; lookup(codes) gives the vectors of its codes."
             )
-        if not isinstance(self.decoder, DualDecoder):
+        if not isinstance(self.decoder, TwoSidedDecoder):
             return self.decode(codes)
         grid = self._check_codes(codes)
         with torch.no_grad():
@@ -172,27 +172,42 @@ class VisualCodecModel(PreTrainedModel):
         """
         if not self.decoder_options.makes_pixels:
             raise ValueError("This codec decodes to features, not to pixels; draw its codes with a detokenizer.")
-        drawn = self.decode(codes, condition=condition)
-        black, white = (drawn.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
-        return ((drawn - black) * (2 / (white - black)) - 1).clamp(-1, 1)
+        return self.to_shown(self.decode(codes, condition=condition)).clamp(-1, 1)
+
+    def to_shown(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels of the codec's own range as pixels in [-1, 1]."""
+        black, white = (pixels.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
+        return (pixels - black) * (2 / (white - black)) - 1
+
+    def from_shown(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] as pixels of the codec's own range."""
+        if self.config.pixel_mean is None and self.config.pixel_range == (-1.0, 1.0):
+            return pixels
+        black, white = (pixels.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
+        return (pixels + 1) * ((white - black) / 2) + black
 
     def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """One trip through the codes: `decode(encode(pixel_values))`."""
         return self.decode(self.encode(pixel_values), condition=condition)
 
-    def forward(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> CodecOutput:
-        """A differentiable trip through the quantizer, for training."""
+    def forward(
+        self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None, num_tokens: int | None = None
+    ) -> CodecOutput:
+        """A differentiable trip through the quantizer, for training; `num_tokens` as for `encode`."""
         pixel_values = self._fit(pixel_values)
-        arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), None)
+        arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
         self._check_condition(condition, len(pixel_values))
         if isinstance(self.resampler, SelectResampler):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
             return CodecOutput(self.decoder(kept.vectors, mask), kept.ids, kept.loss)
         quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
-        grid = (arrangement.rows, arrangement.columns)
-        output = CodecOutput(self._draw(quantized.vectors, grid, condition), quantized.ids, quantized.loss)
-        if isinstance(self.decoder, DualDecoder):
-            output.features = self.decoder.features(self.resampler.restore(quantized.vectors, grid))
+        grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
+        if not arrangement.codes:  # the first of a sequence, all of a grid
+            vectors = vectors[:, : arrangement.length]
+        ids = quantized.ids[:, : arrangement.length]
+        output = CodecOutput(self._draw(vectors, grid, condition), ids, quantized.loss)
+        if isinstance(self.decoder, TwoSidedDecoder):
+            output.features = self.decoder.features(self.resampler.restore(vectors, grid))
         return output
 
     @property

@@ -11,7 +11,7 @@ from unimm.codec.decoders import (
     ViTDecoder,
     ViTDecoderConfig,
 )
-from unimm.codec.dual import DualDecoder, DualDecoderConfig
+from unimm.codec.dual import AttentionDualConfig, AttentionDualDecoder, DualDecoder, DualDecoderConfig
 from unimm.codec.encoders import (
     ConvEncoder,
     ConvEncoderConfig,
@@ -47,6 +47,7 @@ from unimm.codec.resamplers import (
     Resampler,
 )
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
+from unimm.codec.taps import TapEncoder, TapEncoderConfig
 from unimm.codec.vitamin import VitaminDecoder, VitaminDecoderConfig, VitaminEncoder, VitaminEncoderConfig
 
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -59,6 +60,7 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "vitamin": (VitaminEncoderConfig, VitaminEncoder),
     "branches": (BranchEncoderConfig, BranchEncoder),
     "pair": (PairEncoderConfig, PairEncoder),
+    "taps": (TapEncoderConfig, TapEncoder),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
@@ -78,6 +80,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
     "dual": (DualDecoderConfig, DualDecoder),
+    "attention_dual": (AttentionDualConfig, AttentionDualDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "none": (NoDecoderConfig, NoDecoder),
 }

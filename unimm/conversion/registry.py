@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from unimm.conversion.maps import (
+    dualtoken,
     evotok,
     flextok,
     fqgan,
@@ -45,6 +46,7 @@ UPSTREAMS: dict[str, Upstream] = {
         fqgan.DUAL,
         fqgan.TRIPLE,
         evotok.TOKENIZER,
+        dualtoken.TOKENIZER,
         tokenflow.TOKENIZER,
         unitok.UNITOK,
         unitok.MEDITOK,

@@ -24,6 +24,7 @@ class PyramidBlock(nn.Module):
         bias: whether the convolutions have one.
         shortcut: what the 1x1 convolution reads: the `input`, or the `update` itself, as the pixel decoder of TiTok
             (2406.07550) does, whose blocks that change the width have no path around them.
+        first_kernel: side of the first convolution.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class PyramidBlock(nn.Module):
         shortcut: str = "input",
         activation: str = "silu",
         eps: float = EPS,
+        first_kernel: int = 3,
     ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
@@ -42,7 +44,7 @@ class PyramidBlock(nn.Module):
             raise ValueError(f"shortcut is {shortcut!r}; it must be one of {', '.join(SHORTCUTS)}.")
         self.shortcut_reads_update = shortcut == "update"
         self.norm_in = nn.GroupNorm(GROUPS, in_channels, eps=eps)
-        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, first_kernel, padding=first_kernel // 2, bias=bias)
         self.norm_out = nn.GroupNorm(GROUPS, out_channels, eps=eps)
         self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
         self.shortcut: nn.Module = nn.Identity()

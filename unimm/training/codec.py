@@ -8,13 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
+from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.scorers.reconstruction import psnr
-from unimm.training.loop import LoggingConfig, LoopConfig, run_loop
+from unimm.training.loop import Critic, LoggingConfig, LoopConfig, run_loop
+from unimm.training.objectives import (
+    CriticConfig,
+    FeatureConfig,
+    FrozenFeatures,
+    PixelCritic,
+    distillation_loss,
+    perceptual_loss,
+)
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
@@ -36,7 +46,16 @@ class CodecLossConfig:
 
 @dataclass(frozen=True)
 class CodecRecipe:
-    """A recipe with `task: codec`. `model` holds the keys of `VisualCodecConfig`."""
+    """A recipe with `task: codec`.
+
+    Args:
+        model: keys of `VisualCodecConfig`.
+        perceptual: a frozen model whose features of the copy should be those of the picture.
+        distill: a frozen model whose features the codec's own decoder of features rebuilds.
+        critic: a network that learns to tell copies from pictures.
+        lengths: numbers of codes, one of which is drawn at each step, so that few codes stand for a picture too
+            (nested dropout, 1402.0915); empty for the codec's own.
+    """
 
     task: str
     run: RunConfig
@@ -45,6 +64,10 @@ class CodecRecipe:
     model: dict[str, Any] = field(default_factory=dict)
     loss: CodecLossConfig = field(default_factory=CodecLossConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    perceptual: FeatureConfig = field(default_factory=FeatureConfig)
+    distill: FeatureConfig = field(default_factory=FeatureConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    lengths: tuple[int, ...] = ()
     precision: str = "bf16"
 
 
@@ -54,23 +77,46 @@ class CodecTask:
     def __init__(self, recipe: CodecRecipe, pool: Pool) -> None:
         self.recipe = recipe
         self.pool = pool.pictures
-        self.held_out = pool.held_out
         self.codec = VisualCodecModel(VisualCodecConfig(**recipe.model)).to(memory_format=torch.channels_last)
         self.model: nn.Module = self.codec
+        side = self.codec.config.image_size
+        self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
+        self.perceptual = FrozenFeatures(recipe.perceptual) if recipe.perceptual.model else None
+        self.distill = FrozenFeatures(recipe.distill) if recipe.distill.model else None
+        if self.distill is not None and not self.codec.decoder_options.makes_features:
+            raise ValueError(
+                "distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'."
+            )
+        self.judge = PixelCritic(recipe.critic) if recipe.critic.weight else None
+        self.critic: Critic | None = self.judge
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.recipe.run.seed, step, rank])
         picked = np.sort(rng.integers(len(self.pool), size=self.recipe.data.batch_size))
-        pixel_values = to_pixel_values(self.pool[picked]).to(self.codec.device, memory_format=torch.channels_last)
-        output = model(pixel_values)
-        losses = reconstruction_losses(output.reconstruction.float(), pixel_values, self.recipe.loss)
-        return losses | {"loss": losses["loss"] + output.quantizer_loss, "quantizer": output.quantizer_loss}
+        pixels = resized(to_pixel_values(self.pool[picked]), self.codec.config.image_size)
+        pixels = pixels.to(self.codec.device, memory_format=torch.channels_last)
+        length = int(rng.choice(self.recipe.lengths)) if self.recipe.lengths else None
+        output = model(self.codec.from_shown(pixels), num_tokens=length)
+        drawn = self.codec.to_shown(output.reconstruction.float())
+        losses = reconstruction_losses(drawn, pixels, self.recipe.loss)
+        losses["quantizer"] = output.quantizer_loss
+        total = losses["loss"] + output.quantizer_loss
+        if self.perceptual is not None:
+            losses["perceptual"] = perceptual_loss(self.perceptual, drawn, pixels)
+            total = total + self.recipe.perceptual.weight * losses["perceptual"]
+        if self.distill is not None:
+            losses["distill"] = distillation_loss(self.distill, output.features, pixels)
+            total = total + self.recipe.distill.weight * losses["distill"]
+        if self.judge is not None:
+            losses["judged"] = self.judge.judgement(drawn, pixels, total, last_weight(self.codec.decoder), step)
+            total = total + losses["judged"]
+        return losses | {"loss": total}
 
     def validate(self) -> dict[str, float]:
         self.codec.eval()
         figures, used = {}, []
         for name, pixels in self.held_out.items():
-            codes = self.codec.encode(pixels.to(self.codec.device))
+            codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)))
             figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
             used.append(codes.ids.flatten(0, 1))
         self.codec.train()
@@ -80,7 +126,8 @@ class CodecTask:
         """Originals above their reconstructions, for every world."""
         self.codec.eval()
         shown = torch.cat([pixels[: SHEET_SIZE // len(self.held_out) + 1] for pixels in self.held_out.values()])
-        rows = [shown, self.codec.reconstruct(shown.to(self.codec.device)).cpu()]
+        codes = self.codec.encode(self.codec.from_shown(shown.to(self.codec.device)))
+        rows = [shown, self.codec.pictures(codes).cpu()]
         self.codec.train()
         contact_sheet([p for row in rows for p in to_pictures(row)], path, columns=len(shown))
 
@@ -96,9 +143,24 @@ def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
     if not books:
         return
     batches = [pictures[start : start + COUNT_BATCH] for start in range(0, len(pictures), COUNT_BATCH)]
-    ids = torch.cat([codec.encode(to_pixel_values(batch).to(codec.device)).ids.flatten(0, 1) for batch in batches])
+    side = codec.config.image_size
+    shown = (resized(to_pixel_values(batch), side).to(codec.device) for batch in batches)
+    ids = torch.cat([codec.encode(codec.from_shown(pixels)).ids.flatten(0, 1) for pixels in shown])
     for book, slot in zip(books, ids.unbind(dim=1), strict=True):
         book.retire_duplicates(torch.bincount(slot, minlength=book.config.size))
+
+
+def resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Rendered pictures `[B, 3, H, W]` at the size of a codec."""
+    if pixels.shape[2:] == (side, side):
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+
+
+def last_weight(decoder: nn.Module) -> torch.Tensor:
+    """Of the layer that draws the pixels."""
+    drawing = decoder.pixels if isinstance(decoder, TwoSidedDecoder) else decoder
+    return [weight for weight in drawing.parameters() if weight.ndim > 1][-1]
 
 
 def reconstruction_losses(

@@ -18,7 +18,7 @@ from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
 from unimm.files import atomic_write
 from unimm.scorers.reconstruction import psnr
-from unimm.training.loop import ON_CPU, LoggingConfig, LoopConfig, run_loop
+from unimm.training.loop import ON_CPU, Critic, LoggingConfig, LoopConfig, run_loop
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
@@ -66,6 +66,7 @@ class DetokenizerTask:
         self.held_out = pool.held_out
         self.transformer = begin_transformer(recipe, codec)
         self.model: nn.Module = self.transformer
+        self.critic: Critic | None = None
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.recipe.run.seed, step, rank])

@@ -34,6 +34,15 @@ class LoggingConfig:
     save_every: int = 500
 
 
+class Critic(Protocol):
+    """Learns to tell what the model makes from what it should."""
+
+    network: nn.Module
+
+    def losses(self, network: nn.Module, step: int) -> dict[str, torch.Tensor] | None:
+        """Named losses of what the model made last; `critic` is minimised. None where it does not learn yet."""
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """What the loop reads of a recipe. `precision` is accelerate's: no, bf16 or fp16."""
@@ -45,9 +54,14 @@ class LoopConfig:
 
 
 class VisualTask(Protocol):
-    """What the loop asks of a stage."""
+    """What the loop asks of a stage.
+
+    Args:
+        critic: a network that learns against the model, at every step after it; None for none.
+    """
 
     model: nn.Module
+    critic: Critic | None
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
         """Named losses of one batch; `loss` is minimised."""
@@ -76,6 +90,7 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
     optimizer = build_optimizer(task.model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer)
     model, optimizer, schedule = accelerator.prepare(task.model, optimizer, schedule)
+    rival = None if task.critic is None else _Rival(accelerator, task.critic, config.optimizer)
     start = _resume(accelerator, directory)
     bar = tqdm(
         range(start, config.optimizer.steps),
@@ -92,6 +107,8 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if rival is not None:
+            losses |= rival.learn(step)
         done = step + 1
         if done % config.logging.every == 0 or done == config.optimizer.steps:
             record = {name: float(value.detach()) for name, value in losses.items()}
@@ -110,6 +127,29 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
         directory.finish(task.validate())
     accelerator.wait_for_everyone()
     return directory
+
+
+class _Rival:
+    """A critic with the optimiser and the schedule that the model has."""
+
+    def __init__(self, accelerator: Accelerator, critic: Critic, config: OptimizerConfig) -> None:
+        self.accelerator, self.critic, self.clip = accelerator, critic, config.clip
+        optimizer = build_optimizer(critic.network, config)
+        schedule = build_schedule(optimizer, config)
+        self.network, self.optimizer, self.schedule = accelerator.prepare(critic.network, optimizer, schedule)
+
+    def learn(self, step: int) -> dict[str, torch.Tensor]:
+        """One step; the losses, if it learns already."""
+        losses = self.critic.losses(self.network, step)
+        self.optimizer.zero_grad()  # of what the model's own step left in it
+        if losses is None:
+            return {}
+        self.accelerator.backward(losses["critic"])
+        self.accelerator.clip_grad_norm_(self.network.parameters(), self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return losses
 
 
 def check_finite(record: dict[str, float], step: int) -> None:

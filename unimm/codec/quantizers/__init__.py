@@ -1,8 +1,9 @@
 """Quantizers behind one protocol: `quantize` (vectors to ids and vectors) and `lookup` (ids to vectors)."""
 
 from unimm.codec.quantizers.base import Quantized, Quantizer
+from unimm.codec.quantizers.estimators import ESTIMATORS
 from unimm.codec.quantizers.product import ProductVQ, ProductVQConfig
-from unimm.codec.quantizers.residual import ResidualVQ, ResidualVQConfig
+from unimm.codec.quantizers.residual import ResidualVQ, ResidualVQConfig, TwinRVQ, TwinRVQConfig
 from unimm.codec.quantizers.scalar import FSQ, FSQConfig
 from unimm.codec.quantizers.scales import ScaleVQ, ScaleVQConfig
 from unimm.codec.quantizers.sign import SignConfig, SignQuantizer
@@ -13,11 +14,13 @@ QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
     "fsq": (FSQConfig, FSQ),
     "product": (ProductVQConfig, ProductVQ),
     "residual": (ResidualVQConfig, ResidualVQ),
+    "twin": (TwinRVQConfig, TwinRVQ),
     "scales": (ScaleVQConfig, ScaleVQ),
     "sign": (SignConfig, SignQuantizer),
 }
 
 __all__ = [
+    "ESTIMATORS",
     "FSQ",
     "QUANTIZERS",
     "VQ",
@@ -32,5 +35,7 @@ __all__ = [
     "ScaleVQConfig",
     "SignConfig",
     "SignQuantizer",
+    "TwinRVQ",
+    "TwinRVQConfig",
     "VQConfig",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -75,3 +75,48 @@ class ResidualVQ(Quantizer):
     def _by_depth(self) -> list[VQ]:
         codebooks = [codebook for codebook in self.codebooks if isinstance(codebook, VQ)]
         return codebooks * self.depth if len(codebooks) == 1 else codebooks
+
+
+def _plain() -> ResidualVQConfig:
+    return ResidualVQConfig(project=False)
+
+
+@dataclass(frozen=True)
+class TwinRVQConfig:
+    """Two chains of residuals, each over its own part of the channels, `dim` of each (DualToken, 2503.14324)."""
+
+    first: ResidualVQConfig = field(default_factory=_plain)
+    second: ResidualVQConfig = field(default_factory=_plain)
+
+
+class TwinRVQ(Quantizer):
+    """The codes of the first chain, then those of the second.
+
+    Raises:
+        ValueError: channels that are not those of the two chains together.
+    """
+
+    def __init__(self, config: TwinRVQConfig, *, dim: int) -> None:
+        super().__init__()
+        self.widths = (config.first.dim, config.second.dim)
+        if dim != sum(self.widths):
+            raise ValueError(f"Vectors are {dim} wide and the two chains {self.widths}; make them add up.")
+        self.first, self.second = (ResidualVQ(part, dim=part.dim) for part in (config.first, config.second))
+        self.sizes = (*self.first.sizes, *self.second.sizes)
+
+    def quantize(self, vectors: torch.Tensor) -> Quantized:
+        one, other = vectors.split(self.widths, dim=-1)
+        done = [self.first(one), self.second(other)]
+        return Quantized(
+            ids=torch.cat([quantized.ids for quantized in done], dim=-1),
+            vectors=torch.cat([quantized.vectors for quantized in done], dim=-1),
+            loss=done[0].loss + done[1].loss,
+        )
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        one, other = ids.split([self.first.depth, self.second.depth], dim=-1)
+        return torch.cat([self.first.lookup(one), self.second.lookup(other)], dim=-1)
+
+    @torch.no_grad()
+    def code_vectors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.first.code_vectors(), *self.second.code_vectors())

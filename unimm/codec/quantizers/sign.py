@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from unimm.codec.quantizers.base import Quantized, Quantizer, straight_through
+from unimm.codec.quantizers.estimators import bit_entropy_gap
 
 MAX_BITS = 62  # of an id in int64
 
@@ -18,10 +19,14 @@ class SignConfig:
     Args:
         lowest_first: whether channel 0 is the lowest bit of the id (Open-MAGVIT2) or the highest.
         commitment: weight of the pull of the channels towards their signs.
+        entropy: weight of the gap between the entropy of each bit and that of all pictures' bits together.
+        entropy_temperature: of the chance of a bit, as if both of its values were rows of a codebook.
     """
 
     lowest_first: bool = True
     commitment: float = 0.25
+    entropy: float = 0.0
+    entropy_temperature: float = 1.0
 
 
 class SignQuantizer(Quantizer):
@@ -35,7 +40,7 @@ class SignQuantizer(Quantizer):
         super().__init__()
         if not 1 <= dim <= MAX_BITS:
             raise ValueError(f"{dim} channels would be {dim} bits; one id holds 1 to {MAX_BITS}.")
-        self.commitment = config.commitment
+        self.config = config
         self.sizes = (2**dim,)
         self.places = tuple(range(dim)) if config.lowest_first else tuple(reversed(range(dim)))
 
@@ -44,7 +49,10 @@ class SignQuantizer(Quantizer):
         places = torch.tensor(self.places, device=vectors.device)
         ids = (bits.long() << places).sum(dim=-1, keepdim=True)
         signs = bits.to(vectors.dtype) * 2 - 1
-        loss = self.commitment * (vectors - signs).square().mean()
+        loss = self.config.commitment * (vectors - signs).square().mean()
+        if self.config.entropy:  # the squared distances to 1 and -1 differ by four times the channel
+            chances = (4 * vectors / self.config.entropy_temperature).sigmoid().flatten(0, 1)
+            loss = loss + self.config.entropy * bit_entropy_gap(chances)
         return Quantized(ids, straight_through(vectors, signs), loss)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unimm.codec.quantizers.base import Quantized, Quantizer, straight_through
+from unimm.codec.quantizers.base import Quantized, Quantizer
+from unimm.codec.quantizers.estimators import ESTIMATORS, entropy_gap
 
 SEARCH_SCORES = 2**26  # scores held at once, 256 MiB
 METRICS = ("l2", "dot")
 # Rows nearer than this share of a row's norm cannot be told apart by dot products in float32.
 DUPLICATE = 4e-3
+SHARE_DECAY = 0.99  # of the moving average of how often a row is chosen
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ class VQConfig:
         map_rows: the rows are a linear map of the stored table, which stays as it was drawn (SimVQ, 2411.02038).
         parts: widths of the parts of a vector that are normalised apart, so that one code is the nearest in each of
             them (TokenFlow, 2412.03069); empty to normalise it as a whole.
+        estimator: how gradients pass the choice, one of `ESTIMATORS`: `copied` straight through, `rotated`, or
+            `weighed` over all rows (IBQ).
+        entropy: weight of the gap between the entropy of each choice and that of all of them.
+        entropy_temperature: of the softmax behind it.
+        sample_temperature: in training, rows are drawn by softmax of their scores over this (SQ-VAE, 2205.07547);
+            0 always takes the nearest.
+        reanchor: in training, rows that are hardly used move towards the vector nearest to them (CVQ, 2307.15139).
         restart_below: a row that an EMA codebook used less than this (average count per step) moves to a random
             vector of the batch; 0 never restarts.
     """
@@ -50,6 +59,11 @@ class VQConfig:
     raw_rows: bool = False
     map_rows: bool = False
     parts: tuple[int, ...] = ()
+    estimator: str = "copied"
+    entropy: float = 0.0
+    entropy_temperature: float = 0.01
+    sample_temperature: float = 0.0
+    reanchor: bool = False
 
 
 class VQ(Quantizer):
@@ -62,6 +76,7 @@ class VQ(Quantizer):
 
     usage: torch.Tensor
     sums: torch.Tensor
+    shares: torch.Tensor
 
     def __init__(self, config: VQConfig, *, dim: int) -> None:
         super().__init__()
@@ -75,6 +90,12 @@ class VQ(Quantizer):
             raise ValueError(f"Vectors are {dim} wide and rows {config.dim}; make them equal, or set project: true.")
         if config.map_rows and config.ema_decay is not None:
             raise ValueError("map_rows trains the map alone; set ema_decay: null, or map_rows: false.")
+        if config.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator is {config.estimator!r}; it must be one of {', '.join(ESTIMATORS)}.")
+        if (config.reanchor or config.estimator == "weighed") and (config.ema_decay is not None or config.map_rows):
+            raise ValueError(
+                "Rows that an EMA or a map moves are neither re-anchored nor weighed; leave one of them out."
+            )
         if config.parts and (sum(config.parts) != config.dim or not config.normalize):
             raise ValueError(f"parts are {config.parts}; they must add up to dim {config.dim}, under normalize: true.")
         self.config = config
@@ -87,18 +108,26 @@ class VQ(Quantizer):
         if config.ema_decay is not None:
             self.register_buffer("usage", torch.ones(config.size))
             self.register_buffer("sums", self.codebook.detach().clone())
+        if config.reanchor:
+            self.register_buffer("shares", torch.zeros(config.size))
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
-        latents, rows = self._normalized(self.to_rows(vectors)), self._rows()
-        ids = self._search(latents.detach().flatten(0, 1), rows.detach()).view(latents.shape[:2])
+        latents = self._normalized(self.to_rows(vectors))
+        if self.config.reanchor and self.training:
+            self._reanchor(latents.detach().flatten(0, 1))
+        rows = self._rows()
+        ids = self._choose(latents.detach().flatten(0, 1), rows.detach()).view(latents.shape[:2])
         chosen = F.embedding(ids, rows)
         loss = self.config.commitment * F.mse_loss(latents, chosen.detach())
         if self.config.ema_decay is None:
             loss = loss + F.mse_loss(chosen, latents.detach())
         elif self.training:
             self._follow(latents.detach().flatten(0, 1), ids.flatten(), self.config.ema_decay)
-        read = F.embedding(ids, self._rows_of_codes())
-        return Quantized(ids[..., None], self.to_vectors(straight_through(latents, read)), loss)
+        if self.config.entropy:
+            scores = self._scores(latents.flatten(0, 1), rows) / self.config.entropy_temperature
+            loss = loss + self.config.entropy * entropy_gap(scores)
+        read = ESTIMATORS[self.config.estimator](latents, ids, self._rows_of_codes())
+        return Quantized(ids[..., None], self.to_vectors(read), loss)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         return self.to_vectors(F.embedding(ids[..., 0], self._rows_of_codes()))
@@ -135,6 +164,29 @@ class VQ(Quantizer):
             return search(vectors, rows)
         alive = (self.usage > 0).nonzero().squeeze(1)
         return alive[search(vectors, rows[alive])]
+
+    def _choose(self, vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Ids `[M]`: the best rows, or rows by chance in training where asked."""
+        if not (self.training and self.config.sample_temperature):
+            return self._search(vectors, rows)
+        chances = (self._scores(vectors, rows) / self.config.sample_temperature).softmax(dim=1)
+        return torch.multinomial(chances, 1)[:, 0]
+
+    def _scores(self, vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """How well each row fits, `[M, S]`: the dot product, or minus the squared distance."""
+        products = vectors @ rows.T
+        if self.config.metric == "dot":
+            return products
+        return 2 * products - rows.square().sum(dim=1) - vectors.square().sum(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def _reanchor(self, latents: torch.Tensor) -> None:
+        """Move each row the further towards the nearest of `[M, D]` vectors the rarer it has been."""
+        weight = torch.exp(-10 * self.config.size * self.shares / (1 - SHARE_DECAY) - 1e-3)[:, None]
+        rows = self._rows()
+        self.codebook.lerp_(latents[self._scores(latents, rows).argmax(dim=0)], weight)
+        counts = torch.bincount(self._search(latents, self._rows()), minlength=self.config.size)
+        self.shares.lerp_(counts / len(latents), 1 - SHARE_DECAY)
 
     def _rows(self) -> torch.Tensor:
         rows = self.row_map(self.codebook)

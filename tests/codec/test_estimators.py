@@ -1,0 +1,145 @@
+"""How quantizers learn: the value is always that of the codes, and the gradient goes where the paper sends it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unimm.codec.quantizers import ESTIMATORS, VQ, SignConfig, SignQuantizer, VQConfig
+from unimm.codec.quantizers.estimators import bit_entropy_gap, entropy_gap
+
+
+def codebook(seed=0, **options):
+    torch.manual_seed(seed)
+    return VQ(VQConfig(**{"size": 12, "dim": 4, "project": False, "normalize": False} | options), dim=4).train()
+
+
+def vectors(seed=0, number=9):
+    return torch.randn(2, number, 4, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+@given(st.sampled_from([*ESTIMATORS]), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_the_value_is_that_of_the_codes(estimator, normalize, seed):
+    quantizer, given_vectors = codebook(seed, estimator=estimator, normalize=normalize), vectors(seed)
+    quantized = quantizer(given_vectors)
+    torch.testing.assert_close(quantized.vectors, quantizer.lookup(quantized.ids), atol=1e-6, rtol=0)
+    (quantized.vectors.sum() + quantized.loss).backward()
+    assert given_vectors.grad.isfinite().all()
+    assert quantizer.codebook.grad.isfinite().all()
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_a_rotation_keeps_the_angle_between_gradient_and_row(seed):
+    quantizer, given_vectors = codebook(seed, estimator="rotated"), vectors(seed)
+    quantized = quantizer(given_vectors)
+    sent = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(seed + 1))
+    (arrived,) = torch.autograd.grad(quantized.vectors, given_vectors, sent)
+    rows = quantized.vectors.detach()
+    before, after = F.cosine_similarity(sent, rows, dim=-1), F.cosine_similarity(arrived, given_vectors, dim=-1)
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
+    stretch = rows.norm(dim=-1) / given_vectors.norm(dim=-1)
+    torch.testing.assert_close(arrived.norm(dim=-1), sent.norm(dim=-1) * stretch, atol=1e-3, rtol=1e-3)
+
+
+def test_copied_gradients_arrive_as_they_were_sent():
+    quantizer, given_vectors = codebook(), vectors()
+    sent = torch.randn(2, 9, 4)
+    (arrived,) = torch.autograd.grad(quantizer(given_vectors).vectors, given_vectors, sent)
+    torch.testing.assert_close(arrived, sent)
+
+
+def test_weighed_choices_teach_every_row_and_copied_ones_none():
+    for estimator, taught in (("weighed", 12), ("copied", 0), ("rotated", 0)):
+        quantizer = codebook(estimator=estimator, metric="dot")
+        quantizer(vectors()).vectors.square().sum().backward()
+        grads = quantizer.codebook.grad
+        assert (0 if grads is None else int(grads.abs().sum(dim=1).gt(0).sum())) == taught
+
+
+def test_weighed_gradients_are_those_of_the_softmax():
+    quantizer, given_vectors = codebook(estimator="weighed", metric="dot"), vectors()
+    sent = torch.randn(2, 9, 4)
+    (arrived,) = torch.autograd.grad(quantizer(given_vectors).vectors, given_vectors, sent)
+    rows = quantizer.codebook.detach()
+    (expected,) = torch.autograd.grad((given_vectors @ rows.T).softmax(dim=-1) @ rows, given_vectors, sent)
+    torch.testing.assert_close(arrived, expected)
+
+
+def test_a_mapped_codebook_learns_by_its_map_alone():
+    quantizer = codebook(map_rows=True)
+    quantized = quantizer(vectors())
+    quantized.loss.backward()
+    assert quantizer.codebook.grad is None
+    assert quantizer.row_map.weight.grad.abs().sum() > 0
+
+
+def test_rows_are_drawn_by_chance_in_training_and_never_afterwards():
+    quantizer, one = codebook(sample_temperature=1.0), vectors(number=1)[:1].detach()
+    torch.manual_seed(0)
+    many = one.expand(1, 4000, 4)
+    shares = torch.bincount(quantizer(many).ids.flatten(), minlength=12) / 4000
+    expected = -torch.cdist(one[0], quantizer.codebook).square()
+    torch.testing.assert_close(shares, expected.softmax(dim=1)[0].detach(), atol=0.03, rtol=0)
+    assert len(quantizer.eval()(many).ids.unique()) == 1
+
+
+def test_rows_that_are_hardly_used_move_to_vectors_and_others_stay():
+    quantizer = codebook(reanchor=True)
+    quantizer.codebook.data[0] = 0.0
+    quantizer.codebook.data[1:] += 50.0  # far from all vectors
+    quantizer.shares.fill_(1.0)
+    quantizer.shares[6:] = 0.0
+    before = quantizer.codebook.detach().clone()
+    quantizer(vectors(number=40))
+    assert quantizer.codebook[:6].equal(before[:6])
+    assert (quantizer.codebook[6:].norm(dim=1) < 10).all()
+    assert quantizer.shares.sum() == pytest.approx(0.99 * 6 + 0.01)
+    after = quantizer.codebook.detach().clone()
+    quantizer.eval()(vectors())
+    assert quantizer.codebook.equal(after)
+
+
+def test_the_entropy_gap_is_least_where_choices_are_sure_and_all_rows_are_used():
+    sure, unsure = torch.eye(8) * 100, torch.zeros(8, 8)
+    lazy = torch.zeros(8, 8)
+    lazy[:, 0] = 100
+    assert entropy_gap(sure) == pytest.approx(-math.log(8), abs=1e-4)
+    assert entropy_gap(unsure) == pytest.approx(0, abs=1e-5)
+    assert entropy_gap(lazy) == pytest.approx(0, abs=1e-5)
+    bits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert bit_entropy_gap(bits) == pytest.approx(-2 * math.log(2), abs=1e-3)
+    assert bit_entropy_gap(torch.full((2, 2), 0.5)) == pytest.approx(0, abs=1e-5)
+
+
+def test_entropy_spreads_signs_and_rows():
+    torch.manual_seed(0)
+    for quantizer in (SignQuantizer(SignConfig(commitment=0.0, entropy=1.0), dim=3), codebook(entropy=1.0)):
+        moved = (torch.randn(1, 64, 3 if isinstance(quantizer, SignQuantizer) else 4) * 0.2 + 0.3).requires_grad_()
+        before = quantizer(moved)
+        before.loss.backward()
+        with torch.no_grad():
+            for weight in (moved, *quantizer.parameters()):
+                weight -= 0.01 * weight.grad
+        after = quantizer(moved)
+        assert after.loss < before.loss  # one step downhill
+        assert not before.loss.isnan()
+    plain = SignQuantizer(SignConfig(commitment=0.0), dim=3)(torch.randn(1, 4, 3))
+    assert plain.loss == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "straight"}, "must be one of copied, rotated, weighed"),
+        ({"reanchor": True, "ema_decay": 0.9}, "neither re-anchored nor weighed"),
+        ({"estimator": "weighed", "map_rows": True}, "neither re-anchored nor weighed"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        codebook(**options)

@@ -1,0 +1,181 @@
+"""Every small codec takes two steps; objectives pull the way they say, and a critic begins when it is told to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, ViTConfig, ViTModel
+
+from unimm.codec import VisualCodecModel
+from unimm.config import from_dict
+from unimm.training.codec import CodecRecipe, CodecTask, last_weight
+from unimm.training.objectives import (
+    CriticConfig,
+    FeatureConfig,
+    FrozenFeatures,
+    PixelCritic,
+    adaptive_weight,
+    distillation_loss,
+    perceptual_loss,
+)
+from unimm.training.recipe import train
+
+FOLDER = Path(__file__).parent.parent.parent / "recipes" / "codecs"
+SMALL = [
+    "data.worlds={shapes: 1.0}",
+    "data.pool_size=4",
+    "data.batch_size=2",
+    "optimizer.steps=2",
+    "logging.every=1",
+    "logging.validate_every=5",
+    "precision='no'",
+]
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_pictures(monkeypatch):
+    from unimm.training import codec
+
+    few = codec.held_out_pixels("shapes", 2)
+    monkeypatch.setattr(codec, "held_out_pixels", lambda world: few)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_two_steps_of_every_recipe(name, tmp_path):
+    depth = ["model.resampler.depth=1", "model.decoder.depth=1"] if name in ("titok", "flextok", "qformer") else []
+    start = ["critic.start=1"] if name == "grid_vq" else []
+    directory = train(FOLDER / f"{name}.yaml", [*SMALL, *depth, *start, f"run.directory={tmp_path}"])
+    metrics = [record for record in directory.metrics() if "loss" in record]
+    assert len(metrics) == 2
+    codec = VisualCodecModel.from_pretrained(directory.model)
+    codes = codec.encode(torch.zeros(1, 3, 128, 128))
+    assert codec.pictures(codes).shape == (1, 3, 128, 128)
+    if name == "flextok":
+        assert codec.encode(torch.zeros(1, 3, 128, 128), num_tokens=2).ids.equal(codes.ids[:, :2])
+    if name == "grid_vq":
+        assert ["critic" in record for record in metrics] == [False, True]
+        assert metrics[0]["judged"] == 0 != metrics[1]["judged"]
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tower")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes), add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
+
+
+def pixels(seed=0):
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_a_perceptual_loss_is_nothing_for_the_picture_itself_and_reaches_pixels(tower):
+    features = FrozenFeatures(FeatureConfig(tower, layers=(1, -1)))
+    drawn = pixels(1).requires_grad_()
+    assert perceptual_loss(features, pixels(), pixels()) == pytest.approx(0, abs=1e-9)
+    loss = perceptual_loss(features, drawn, pixels())
+    loss.backward()
+    assert loss > 0
+    assert drawn.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in features.model.parameters())
+
+
+def test_a_distillation_is_done_where_features_are_the_towers_own(tower):
+    features = FrozenFeatures(FeatureConfig(tower))
+    own = AutoModel.from_pretrained(tower)(pixel_values=pixels()).last_hidden_state[:, 1:]
+    last = features.model(pixel_values=pixels(), output_hidden_states=True).hidden_states[-1][:, 1:]
+    assert distillation_loss(features, 3 * last, pixels()) == pytest.approx(0, abs=1e-5)
+    assert distillation_loss(features, -last, pixels()) == pytest.approx(2, abs=1e-5)
+    assert own.shape == last.shape
+    with pytest.raises(ValueError, match="make the decoder's width"):
+        distillation_loss(features, last[..., :8], pixels())
+
+
+def test_an_adaptive_weight_makes_two_gradients_equally_long():
+    last = torch.randn(4, requires_grad=True)
+    others, fooled = (last * 30).sum(), last.square().sum()
+    weight = adaptive_weight(others, fooled, last)
+    assert not weight.requires_grad
+    lengths = [torch.autograd.grad(loss, last)[0].norm() for loss in (others, weight * (last.square().sum()))]
+    assert lengths[0] == pytest.approx(float(lengths[1]), rel=1e-3)
+
+
+def test_a_critic_waits_and_then_learns_to_tell():
+    torch.manual_seed(0)
+    critic = PixelCritic(CriticConfig(weight=1.0, start=3, channels=8, layers=2, adaptive=False))
+    layer = torch.nn.Conv2d(3, 3, 1)
+    drawn = layer(pixels(1)) * 0.1
+    assert critic.judgement(drawn, pixels(), drawn.mean(), layer.weight, 2) == 0
+    assert critic.losses(critic.network, 2) is None
+    optimizer = torch.optim.Adam(critic.network.parameters(), lr=1e-3)
+    critic.judgement(drawn, pixels(), drawn.mean(), layer.weight, 3).backward()
+    assert layer.weight.grad.abs().sum() > 0
+    told = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = critic.losses(critic.network, 3)["critic"]
+        loss.backward()
+        optimizer.step()
+        told.append(float(loss))
+    assert told[-1] < told[0] - 0.1
+
+
+def everything(tower, tmp_path, name, steps):
+    """A recipe with every objective, over a codec that draws and means."""
+    grid = {"channels": [32, 32, 32, 32], "blocks": 1, "code_channels": 8}
+    features = {"dim": 8, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24, "table_side": 4}
+    path = tmp_path / f"{name}.yaml"
+    recipe = {
+        "task": "codec",
+        "run": {"name": name, "directory": str(tmp_path)},
+        "data": {"worlds": {"shapes": 1.0}, "pool_size": 4, "batch_size": 2},
+        "model": {
+            "image_size": 32,
+            "pixel_range": [0.0, 1.0],
+            "encoder": {"kind": "pyramid", **grid, "stem_channels": 32},
+            "resampler": {"kind": "grid", "dim": 16, "norm": False, "project_back": False},
+            "quantizer": {"kind": "product", "sizes": [8, 8], "dim": 8, "project": False},
+            "decoder": {"kind": "dual", "pixel_dim": 8, "pixels": grid, "features": features},
+        },
+        "perceptual": {"model": tower, "weight": 0.5},
+        "distill": {"model": tower},
+        "critic": {"weight": 0.1, "channels": 8, "layers": 2},
+        "optimizer": {"steps": 4, "warmup": 1},
+        "logging": {"every": 1, "validate_every": 10, "save_every": 2},
+        "precision": "no",
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    return path, recipe
+
+
+def test_all_objectives_together_go_on_on_the_same_curve(tower, tmp_path, monkeypatch):
+    path, recipe = everything(tower, tmp_path, "whole", 4)
+    whole = {record["step"]: record for record in train(path).metrics() if "loss" in record}
+    assert {"perceptual", "distill", "judged", "critic"} <= whole[1].keys()
+    path, _ = everything(tower, tmp_path, "killed", 4)
+    losses, done = CodecTask.losses, []
+
+    def killed(task, model, step, rank):
+        if step == 2 and not done:
+            done.append(step)
+            raise KeyboardInterrupt
+        return losses(task, model, step, rank)
+
+    monkeypatch.setattr(CodecTask, "losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(path)
+    again = {record["step"]: record for record in train(path).metrics() if "loss" in record}
+    for step in whole:
+        assert again[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5)
+        assert again[step]["critic"] == pytest.approx(whole[step]["critic"], rel=1e-5)
+    task = CodecTask(from_dict(CodecRecipe, recipe), None)
+    assert last_weight(task.codec.decoder) is task.codec.decoder.pixels.out.weight
+
+
+def test_a_codec_without_features_cannot_be_distilled(tower, tmp_path):
+    _, recipe = everything(tower, tmp_path, "plain", 1)
+    recipe["model"] = {"image_size": 32, "encoder": {"kind": "conv"}, "decoder": {"kind": "conv"}}
+    with pytest.raises(ValueError, match="decoder of kind 'dual'"):
+        CodecTask(from_dict(CodecRecipe, recipe), None)

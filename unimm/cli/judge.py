@@ -1,0 +1,55 @@
+"""`unimm evaluate codec`: what is judged, on which pictures, by what."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoConfig
+
+import unimm
+from unimm.codec import VisualCodecModel
+from unimm.data.pictures import to_pixel_values
+from unimm.evaluation.codec import CodecReport, compare, evaluate_codec, picture_sets
+from unimm.evaluation.fidelity import ModelExtractor, Thumbnails
+from unimm.evaluation.legibility import rapid_reader
+from unimm.evaluation.subjects import CodecSubject, Subject, VaeSubject, read_pairs
+
+
+def judge_codec(arguments: argparse.Namespace) -> CodecReport:
+    """The report of a codec, of a VAE, or of a folder of copies.
+
+    Raises:
+        ValueError: one folder without the other, pictures that nothing knows, or a model without a codec.
+    """
+    folder = Path(arguments.folder) if arguments.folder else None
+    extractor = ModelExtractor(arguments.extractor) if arguments.extractor else Thumbnails()
+    if bool(arguments.references) != bool(arguments.copies):
+        raise ValueError("Copies are judged against references: name both --references and --copies.")
+    if arguments.references:
+        references, copies = read_pairs(Path(arguments.references), Path(arguments.copies))
+        measures = compare(Path(arguments.references).name, references, to_pixel_values(copies), extractor)
+        report = CodecReport(arguments.copies, tuple(measures), {})
+        if folder is not None:
+            report.save(folder)
+        return report
+    subject = _subject(arguments)
+    sets = picture_sets(tuple(arguments.pictures), subject.side, arguments.limit)
+    reader = rapid_reader() if arguments.text else None
+    return evaluate_codec(subject, sets, folder=folder, extractor=extractor, reader=reader)
+
+
+def _subject(arguments: argparse.Namespace) -> Subject:
+    if arguments.vae:
+        return VaeSubject(arguments.vae, arguments.side)
+    path = arguments.model
+    if path and (Path(path) / "config.json").is_file() and _is_codec(path):
+        return CodecSubject(VisualCodecModel.from_pretrained(path), path)
+    codec = unimm.load(path).model.visual
+    if codec is None:
+        raise ValueError(f"{path} has no codec of its own; name the folder of its codec as --model.")
+    return CodecSubject(codec, path or "unimm-tiny")
+
+
+def _is_codec(path: str) -> bool:
+    return AutoConfig.from_pretrained(path).model_type == VisualCodecModel.config_class.model_type

@@ -1,0 +1,152 @@
+"""What a codec can be trained towards besides its pixels: features of frozen models, and the judgement of a critic.
+
+All live outside the codec, which knows nothing of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+EPS = 1e-4
+LARGEST_WEIGHT = 1e4  # of the adaptive weight
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """A frozen vision model, by anything that `AutoModel` loads.
+
+    Args:
+        model: its folder or Hub name; empty for none.
+        weight: of the loss.
+        layers: of its hidden states that are compared; of a distillation, the one that is rebuilt.
+    """
+
+    model: str = ""
+    weight: float = 1.0
+    layers: tuple[int, ...] = (-1,)
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """A critic of patches (PatchGAN, 1611.07004), trained by a hinge.
+
+    Args:
+        weight: of its judgement, beside the adaptive one; 0 for no critic.
+        start: the step at which it begins to judge; it learns from then on too.
+        channels: of its first layer.
+        layers: of its strided convolutions; each sees twice as far.
+        adaptive: whether the weight is scaled so that at the decoder's last layer its gradient is as long as that of
+            the other losses (VQGAN, 2012.09841).
+    """
+
+    weight: float = 0.0
+    start: int = 0
+    channels: int = 64
+    layers: int = 3
+    adaptive: bool = True
+
+
+class FrozenFeatures:
+    """Hidden states of a frozen model, of pixels in [-1, 1] resized to its own size and range.
+
+    Raises:
+        ValueError: a model that names no size of its pictures.
+    """
+
+    def __init__(self, config: FeatureConfig) -> None:
+        self.layers = config.layers
+        self.model: PreTrainedModel = AutoModel.from_pretrained(config.model).eval().requires_grad_(False)
+        if "image_size" not in self.model.config.to_dict():
+            raise ValueError(f"{config.model} names no image_size; take a vision model that does.")
+        self.side = self.model.config.image_size
+
+    def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """float `[B, 3, H, W]` to the hidden states `[B, N, D]`, of unit length at every position."""
+        self.model.to(pixels.device)
+        resized = F.interpolate(pixels, (self.side, self.side), mode="bicubic", align_corners=False, antialias=True)
+        states = self.model(pixel_values=resized, output_hidden_states=True).hidden_states
+        return [F.normalize(states[layer].float(), dim=-1) for layer in self.layers]
+
+
+def perceptual_loss(features: FrozenFeatures, drawn: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Squared distance of unit features, averaged over layers and positions (after LPIPS, 1801.03924)."""
+    with torch.no_grad():
+        wanted = features(pixels)
+    pairs = zip(features(drawn), wanted, strict=True)
+    return torch.stack([(one - other).square().sum(dim=-1).mean() for one, other in pairs]).mean()
+
+
+def distillation_loss(features: FrozenFeatures, rebuilt: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """One minus the cosine between rebuilt features `[B, M, D]` and the frozen ones of the last of the layers.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    with torch.no_grad():
+        wanted = features(pixels)[-1][:, -rebuilt.shape[1] :]  # a class token comes first
+    if wanted.shape != rebuilt.shape:
+        raise ValueError(
+            f"The codec rebuilds features {tuple(rebuilt.shape[1:])}, the frozen model has {tuple(wanted.shape[1:])}; "
+            "make the decoder's width and grid those of the model."
+        )
+    return 1 - (F.normalize(rebuilt.float(), dim=-1) * wanted).sum(dim=-1).mean()
+
+
+class PatchCritic(nn.Module):
+    """Pixels `[B, 3, H, W]` to a judgement of each patch, `[B, 1, h, w]`."""
+
+    def __init__(self, config: CriticConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, config.channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = config.channels
+        for layer in range(1, config.layers):
+            wider = config.channels * min(2**layer, 8)
+            layers += [nn.Conv2d(width, wider, 4, stride=2, padding=1), nn.GroupNorm(1, wider), nn.LeakyReLU(0.2)]
+            width = wider
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 3, padding=1))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.layers(pixels)
+
+
+class PixelCritic:
+    """A patch critic and what it needs to remember between the model's step and its own."""
+
+    def __init__(self, config: CriticConfig) -> None:
+        self.config = config
+        self.network: nn.Module = PatchCritic(config)
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def judgement(
+        self, drawn: torch.Tensor, pixels: torch.Tensor, others: torch.Tensor, last: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        """What the model loses by what the critic thinks of `drawn`; zero before `start`.
+
+        Args:
+            others: the weighted sum of the other losses.
+            last: weight of the decoder's last layer.
+        """
+        self.seen = (drawn.detach(), pixels)
+        if step < self.config.start:
+            return drawn.new_zeros(())
+        self.network.to(drawn.device)
+        fooled = -self.network(drawn).mean()
+        return self.config.weight * (adaptive_weight(others, fooled, last) if self.config.adaptive else 1.0) * fooled
+
+    def losses(self, network: nn.Module, step: int) -> dict[str, torch.Tensor] | None:
+        if self.seen is None or step < self.config.start:
+            return None
+        drawn, pixels = self.seen
+        hinge = F.relu(1 - network(pixels)).mean() + F.relu(1 + network(drawn)).mean()
+        return {"critic": hinge / 2}
+
+
+def adaptive_weight(others: torch.Tensor, fooled: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Ratio of the lengths of two losses' gradients at one weight; it carries no gradient itself."""
+    one, other = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (others, fooled))
+    return (one / (other + EPS)).clamp(0, LARGEST_WEIGHT).detach()
