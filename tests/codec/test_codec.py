@@ -86,7 +86,7 @@ TINY = {
             "width": 32,
             "pixel_heads": 2,
             "feature_heads": 2,
-            "pixels": PYRAMID,
+            "pixels": {**PYRAMID, "code_channels": 32},
             "rows": 2,
             "columns": 2,
         },
@@ -325,6 +325,8 @@ def test_wrong_parts_sides_and_depths_are_refused():
             ScaleVQConfig(sides=sides, project=False)
     with pytest.raises(ValueError, match="taps from 1"):
         ResidualVQConfig(depth=3, taps=(4,), project=False)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        VisualCodecConfig(decoder={"kind": "attention_dual", "pixels": PYRAMID})
     for config in (ScaleVQConfig, ResidualVQConfig):
         with pytest.raises(ValueError, match="set project: false"):
             config()

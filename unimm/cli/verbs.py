@@ -190,7 +190,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help=from_scratch)
     parser.add_argument("--tasks", nargs="+", default=["draw"], help="draw, read, train, tokenize, detokenize")
     parser.add_argument("--codes", type=int, default=256, help="codes per picture (default: 256)")
-    parser.add_argument("--drawn", type=int, help="codes that a timed drawing stops after (default: all)")
+    parser.add_argument(
+        "--drawn", type=int, help="codes that a timed drawing stops after, for less waiting (default: all)"
+    )
     parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: 1)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way, taking turns (default: 3)")
     parser.add_argument("--formats", nargs="*", default=["bfloat16", "int8"], help="of weights to draw with besides")
@@ -211,10 +213,10 @@ def _bench(arguments: argparse.Namespace) -> None:
     from unimm.evaluation.speed import TASKS, Bench, Machine, SpeedReport
 
     unknown = [task for task in arguments.tasks if task not in TASKS]
-    if unknown or min(arguments.batch, arguments.rounds) < 1:
+    if unknown or min(arguments.batch, arguments.rounds) < 1 or (arguments.drawn or 2) < 2:
         raise ValueError(
-            f"--tasks are {arguments.tasks}, --batch {arguments.batch} and --rounds {arguments.rounds}; name some of "
-            f"{', '.join(TASKS)}, and numbers of 1 or more."
+            f"--tasks are {arguments.tasks}, --batch {arguments.batch}, --rounds {arguments.rounds} and --drawn "
+            f"{arguments.drawn}; name some of {', '.join(TASKS)}, a batch and rounds of 1 or more, and 2 codes or more."
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

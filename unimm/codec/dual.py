@@ -13,7 +13,7 @@ from unimm.codec.decoders import DecoderOptions
 from unimm.codec.feature_decoder import FeatureViT, FeatureViTConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig
 from unimm.nn.geglu import AttentionProjection
-from unimm.nn.pyramid import PyramidBlock
+from unimm.nn.pyramid import GROUPS, PyramidBlock
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class AttentionDualConfig(DecoderOptions):
     pixels: PyramidDecoderConfig = field(default_factory=PyramidDecoderConfig)
     rows: int = 24
     columns: int = 24
+
+    def __post_init__(self) -> None:
+        widths = (self.width, self.pixels.code_channels)
+        if any(width % GROUPS for width in widths):
+            raise ValueError(f"width and pixels.code_channels are {widths}; both must be multiples of {GROUPS}.")
 
     @property
     def upsample(self) -> int:

@@ -43,12 +43,24 @@ class Way:
         run: does it once.
         units: how many units one run does.
         floor: seconds per unit below which no way of this precision can be; None where nothing is said.
+        begin: does only the first unit, for a way that stops early: what it takes is spread over `whole` units.
+        whole: units of a run that would not stop.
     """
 
     name: str
     run: Callable[[], object]
     units: int
     floor: float | None = None
+    begin: Callable[[], object] | None = None
+    whole: int = 0
+
+    def seconds(self, clock: Callable[[], float]) -> float:
+        """Of one unit."""
+        if self.begin is None or self.units == self.whole:
+            return _seconds(self.run, clock) / self.units
+        first, taken = _seconds(self.begin, clock), _seconds(self.run, clock)
+        each = (taken - first) / (self.units - 1)
+        return (first + (self.whole - 1) * each) / self.whole
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,7 @@ def compare(task: str, unit: str, ways: Sequence[Way], clock: Callable[[], float
     taken: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
         for way, times in zip(ways, taken, strict=True):
-            times.append(1000 * _seconds(way.run, clock) / way.units)
+            times.append(1000 * way.seconds(clock))
     return [
         Speed(
             task=task,
@@ -195,7 +207,7 @@ class Bench:
         machine: that it runs on.
         rounds: of every way.
         batch: pictures drawn or read at once.
-        codes: ids per picture that are drawn; None draws it whole.
+        codes: ids per picture that are drawn, from which the time of the whole is told; None draws it whole.
         formats: of weights that are drawn with besides those of the model.
         window: of Jacobi iteration that is drawn with besides; 1 leaves it out.
     """
@@ -228,7 +240,7 @@ class Bench:
     @torch.no_grad()
     def agreement(self) -> dict[str, float]:
         """Share of codes that are likeliest under guidance for each format too, after the same codes before them."""
-        drawn = self._draw(self.model, stock=False)
+        drawn = self._draw(self.model, self.codes, stock=False)
         null = drawn.new_tensor(self.config.null_prompt_ids or []).expand(self.batch, -1)
         away = torch.cat([null, drawn[:, PROMPT:]], dim=1)
 
@@ -254,18 +266,24 @@ class Bench:
 
     def draw(self) -> list[Speed]:
         """Pictures under guidance: two passes by the stock processor, one doubled pass, and the engine."""
-        units, size = self.batch * self.codes, self.model.lm_head.weight.element_size()
+        size = self.model.lm_head.weight.element_size()
         ways = [
-            Way("stock, two passes", self._draw_by_stock_guidance, units),
-            Way("stock, batched guidance", lambda: self._draw(self.model, stock=True), units),
-            Way("engine", lambda: self._draw(self.model, stock=False), units, self._floor(size, size)),
+            self._way("stock, two passes", self._draw_by_stock_guidance),
+            self._way("stock, batched guidance", functools.partial(self._draw, self.model, stock=True)),
+            self._way("engine", functools.partial(self._draw, self.model, stock=False), self._floor(size, size)),
         ]
         if self.window > 1:
-            ways.append(Way(f"engine, window {self.window}", self._draw_ahead, units))
+            ahead = functools.partial(self._draw, self.model, stock=False, window=self.window)
+            ways.append(self._way(f"engine, window {self.window}", ahead))
         for name, model in self.compressed.items():
-            run = functools.partial(self._draw, model, stock=False)
-            ways.append(Way(f"engine, {name}", run, units, self._floor(BYTES[name], BYTES["bfloat16"])))
-        return compare("draw", "code", ways, self.machine.clock, self.rounds)
+            floor = self._floor(BYTES[name], BYTES["bfloat16"])
+            ways.append(self._way(f"engine, {name}", functools.partial(self._draw, model, stock=False), floor))
+        return compare("draw", f"code of {self.batch}", ways, self.machine.clock, self.rounds)
+
+    def _way(self, name: str, draw: Callable[[int], object], floor: float | None = None) -> Way:
+        """A way to draw, per step of the batch."""
+        run, begin = functools.partial(draw, self.codes), functools.partial(draw, 1)
+        return Way(name, run, self.codes, floor, begin, self.picture)
 
     def read(self) -> list[Speed]:
         """A caption of a picture, greedily."""
@@ -331,22 +349,19 @@ class Bench:
         ]
         return compare("detokenize", "picture", ways, self.machine.clock, self.rounds)
 
-    def _draw(self, model: UniMMForConditionalGeneration, *, stock: bool, window: int = 1) -> torch.Tensor:
+    def _draw(self, model: UniMMForConditionalGeneration, codes: int, *, stock: bool, window: int = 1) -> torch.Tensor:
         return model.generate(
             self.prompt,
             attention_mask=torch.ones_like(self.prompt),
             generation_mode="image",
             guidance_scale=GUIDANCE,
-            max_new_tokens=self.codes,
+            max_new_tokens=codes,
             **SAMPLED,
             stock=stock,
             jacobi_window=window,
         )
 
-    def _draw_ahead(self) -> object:
-        return self._draw(self.model, stock=False, window=self.window)
-
-    def _draw_by_stock_guidance(self) -> object:
+    def _draw_by_stock_guidance(self, codes: int) -> object:
         opening = self.prompt.new_full((self.batch, 1), self.config.boi_token_id)
         ids = torch.cat([self.prompt, opening], dim=1)
         null = self.prompt.new_tensor(self.config.null_prompt_ids or []).expand(self.batch, -1)
@@ -355,7 +370,7 @@ class Bench:
             ids,
             attention_mask=torch.ones_like(ids),
             guidance_scale=1.0,
-            max_new_tokens=self.codes,
+            max_new_tokens=codes,
             logits_processor=[
                 UnbatchedClassifierFreeGuidanceLogitsProcessor(
                     GUIDANCE, self.model, negative, torch.ones_like(negative)
@@ -380,7 +395,7 @@ class Bench:
         return row.expand(max(self.batch, PICTURES), -1)
 
     def _floor(self, bytes_per_weight: int, bytes_per_state: int) -> float:
-        """Seconds per code: reading every layer, the codes' rows and the cache once, or multiplying by them."""
+        """Seconds per step: reading every layer, the codes' rows and the cache once, or multiplying by them."""
         layers: torch.nn.Module = self.model.model.language_model.layers
         number = sum(p.numel() for p in layers.parameters())
         rows = sum(self.config.vocabulary.codebook_sizes) / self.config.vocabulary.num_codebooks
@@ -389,4 +404,4 @@ class Bench:
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * bytes_per_state
         read = number * bytes_per_weight + 2 * self.batch * (PROMPT + self.codes / 2) * cached
         multiplied = 2 * 2 * self.batch * number
-        return max(read / self.machine.bandwidth, multiplied / self.machine.flops) / self.batch
+        return max(read / self.machine.bandwidth, multiplied / self.machine.flops)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unimm.unified.modeling import UniMMForConditionalGeneration
 
 FORMATS = ("bfloat16", "int8")
-INT8_ROWS = 8  # above, the kernel of torch is slower than a product with restored weights
+INT8_ROWS = 24  # above, the kernel of torch is slower than a product with restored weights
 PACKED_FOR = 4  # rows that the order is chosen for; any number works
 
 
