@@ -121,7 +121,10 @@ class VisualCodes:
     def validate(self, spec: CodeSpec) -> None:
         """Raise `ValueError` where an id is outside its codebook or an image is longer than the codec allows."""
         if self.ids.shape[2] != spec.num_codebooks:
-            raise ValueError(f"Codes have K = {self.ids.shape[2]}, the codec has K = {spec.num_codebooks}.")
+            raise ValueError(
+                f"Codes have {self.ids.shape[2]} slots at a position, the codec has {spec.num_codebooks}; decode codes "
+                "by the codec that made them."
+            )
         if self.ids.shape[1] > spec.max_length:
             raise ValueError(f"Codes have {self.ids.shape[1]} positions, the codec takes at most {spec.max_length}.")
         for slot, size in enumerate(spec.sizes):

@@ -157,7 +157,8 @@ def check_lora(folder, codes, *, answers_only=True):
     row = processor.encode_messages(messages, [codes], answers_only=answers_only)
     ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
     before = model.get_input_embeddings().weight.detach().clone()
-    adapted = get_peft_model(model, lora_config(model, AdapterConfig(rank=2, alpha=4.0)))
+    config = AdapterConfig(rank=2, alpha=4.0)
+    adapted = get_peft_model(model, lora_config(model, config))
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.05)
     losses = []
     for _ in range(3):
@@ -167,7 +168,7 @@ def check_lora(folder, codes, *, answers_only=True):
         loss.backward()
         optimizer.step()
     assert losses[2] < losses[0]
-    after, vocabulary = merge_adapter(adapted).get_input_embeddings().weight, model.config.vocabulary
+    after, vocabulary = merge_adapter(adapted, config, folder).get_input_embeddings().weight, model.config.vocabulary
     assert after[: vocabulary.image_token_offset].equal(before[: vocabulary.image_token_offset])
     moved = (after != before).any(dim=1)
     assert moved[vocabulary.to_token_ids(codes.ids).flatten()].all()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from unimm.training.objectives import (
     distillation_loss,
     perceptual_loss,
 )
+from unimm.training.pool import Pool
 from unimm.training.recipe import train
 
 FOLDER = Path(__file__).parent.parent.parent / "recipes" / "codecs"
@@ -35,10 +37,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def few_held_out_pictures(monkeypatch):
-    from unimm.training import codec
-
-    few = codec.held_out_pixels("shapes", 2)
-    monkeypatch.setattr(codec, "held_out_pixels", lambda world: few)
+    monkeypatch.setattr("unimm.training.codec.HELD_OUT", 2)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
@@ -170,7 +169,7 @@ def test_all_objectives_together_go_on_on_the_same_curve(tower, tmp_path, monkey
     for step in whole:
         assert again[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5)
         assert again[step]["critic"] == pytest.approx(whole[step]["critic"], rel=1e-5)
-    task = CodecTask(from_dict(CodecRecipe, recipe), None)
+    task = CodecTask(from_dict(CodecRecipe, recipe), Pool(np.zeros((0, 32, 32, 3), np.uint8), {}))
     assert last_weight(task.codec.decoder) is task.codec.decoder.pixels.out.weight
 
 
@@ -178,4 +177,4 @@ def test_a_codec_without_features_cannot_be_distilled(tower, tmp_path):
     _, recipe = everything(tower, tmp_path, "plain", 1)
     recipe["model"] = {"image_size": 32, "encoder": {"kind": "conv"}, "decoder": {"kind": "conv"}}
     with pytest.raises(ValueError, match="decoder of kind 'dual'"):
-        CodecTask(from_dict(CodecRecipe, recipe), None)
+        CodecTask(from_dict(CodecRecipe, recipe), Pool(np.zeros((0, 32, 32, 3), np.uint8), {}))

@@ -93,6 +93,11 @@ def _undone(piece: Piece, part: torch.Tensor) -> torch.Tensor:
         return part
     shape = piece.stored.shape
     places = piece.rule.change(torch.arange(1, prod(shape) + 1).view(shape))  # 0 where the rule adds a number
+    if int((places > 0).sum()) < prod(shape):
+        raise ValueError(
+            f"{piece.key} is {tuple(shape)} upstream, and converting kept a part of it that is used; it cannot be made "
+            "from the converted model. Keep upstream's file."
+        )
     flat = part.new_empty(prod(shape))
     flat[places[places > 0] - 1] = part[places > 0]
     return flat.view(shape)

@@ -14,6 +14,7 @@ from unimm.conversion import UPSTREAMS, convert, restore
 from unimm.conversion.weights import StoredTensor
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+WITH_UNUSED_ROWS = ("dualtoken", "evotok")  # of the codebooks, which converting leaves out
 LM = GOLDEN / "xomni_lm"
 
 
@@ -74,6 +75,11 @@ def test_shards_in_shards_out(ending, source, whole, tmp_path):
 @pytest.mark.parametrize("system", sorted(system for system in UPSTREAMS if (GOLDEN / system).is_dir()))
 def test_every_system_goes_back_bit_by_bit(system, tmp_path):
     target = convert(system, GOLDEN / system, tmp_path / "out", accept_licence=True).target
+    if system in WITH_UNUSED_ROWS:
+        with pytest.raises(ValueError, match="Keep upstream's file"):
+            restore(system, target, tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+        return
     back = load_file(restore(system, target, tmp_path / "back") / "weights.safetensors")
     dropped = json.loads((target / "conversion.json").read_text())["dropped"]
     given = load_file(GOLDEN / system / "weights.safetensors")
