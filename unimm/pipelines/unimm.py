@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # diffusers takes seconds to import and most drawings never n
     from unimm.detokenizer import Drawer
 
 DETOKENIZER_FOLDER = "detokenizer"
+# transformers warns of sampling settings beside greedy decoding unless they are its own defaults.
+GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class UniMM:
         sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         sampling["do_sample"] = True
         if temperature == 0:
-            sampling = {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
+            sampling = GREEDY
         output = self.model.generate(
             **inputs.to(self.model.device),
             generation_mode=mode,
