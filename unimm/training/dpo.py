@@ -27,7 +27,7 @@ from unimm.scorers.facts import SceneFacts
 from unimm.sequence import UniMMProcessor
 from unimm.training.adapter import AdapterConfig, hold_in_float32, load_model, lora_config
 from unimm.training.begin import SamplingConfig
-from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_end, share_batch
+from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_end, share_batch, shared_arguments
 from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.policy import SamplingPolicy
@@ -195,25 +195,11 @@ def train_dpo(recipe: DpoRecipe) -> RunDirectory:
         processor=processor,
         recipe=recipe,
         arguments=DPOConfig(
-            output_dir=str(directory.checkpoints),
-            max_steps=recipe.optimizer.steps,
+            **shared_arguments(recipe, directory),
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=accumulation,
-            gradient_checkpointing=recipe.gradient_checkpointing,
             beta=recipe.beta,
             max_length=None,
-            warmup_steps=recipe.optimizer.warmup,
-            lr_scheduler_type=recipe.optimizer.schedule,
-            max_grad_norm=recipe.optimizer.clip,
-            bf16=recipe.bf16,
-            logging_steps=recipe.logging.every,
-            logging_nan_inf_filter=False,  # it would hide what RunCallback looks for
-            save_steps=recipe.logging.save_every,
-            save_total_limit=2,
-            report_to=list(recipe.logging.report_to) or "none",
-            seed=recipe.run.seed,
-            remove_unused_columns=False,
-            use_cpu=ON_CPU,
         ),
         pairs=read_pairs(path),
         callbacks=[RunCallback(directory, processor, recipe.logging.sample_every)],

@@ -26,8 +26,7 @@ from unimm.scorers.facts import SceneFacts
 from unimm.sequence import UniMMProcessor
 from unimm.training.adapter import AdapterConfig, hold_in_float32, load_model, lora_config
 from unimm.training.begin import SamplingConfig
-from unimm.training.language import RunCallback, run_to_end
-from unimm.training.loop import ON_CPU
+from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_end, shared_arguments
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import plot_metrics
 from unimm.training.policy import SamplingPolicy
@@ -98,16 +97,12 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
-class GrpoLoggingConfig:
-    """Steps between log lines, between sample sheets, and between checkpoints; and who else gets the log.
-
-    `report_to` names loggers of transformers, as `tensorboard` or `trackio`; the run directory has the log anyway.
-    """
+class GrpoLoggingConfig(LanguageLoggingConfig):
+    """The same with fewer steps between, since each draws many pictures."""
 
     every: int = 1
     sample_every: int = 20
     save_every: int = 20
-    report_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -378,8 +373,7 @@ def grpo_arguments(
     """TRL's arguments; one optimiser step sees all drawings of its rollouts."""
     rollout, objective = recipe.rollout, recipe.objective
     return GRPOConfig(
-        output_dir=str(directory.checkpoints),
-        max_steps=recipe.optimizer.steps,
+        **shared_arguments(recipe, directory),
         per_device_train_batch_size=rollout.micro_batch,
         gradient_accumulation_steps=rollout.prompts * rollout.group_size // rollout.micro_batch,
         num_generations=rollout.group_size,
@@ -394,19 +388,6 @@ def grpo_arguments(
         reward_weights=list(rewards.weights.values()),
         disable_dropout=True,
         shuffle_dataset=False,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        warmup_steps=recipe.optimizer.warmup,
-        lr_scheduler_type=recipe.optimizer.schedule,
-        max_grad_norm=recipe.optimizer.clip,
-        bf16=recipe.bf16,
-        logging_steps=recipe.logging.every,
-        logging_nan_inf_filter=False,  # it would hide what RunCallback looks for
-        save_steps=recipe.logging.save_every,
-        save_total_limit=2,
-        report_to=list(recipe.logging.report_to) or "none",
-        seed=recipe.run.seed,
-        remove_unused_columns=False,
-        use_cpu=ON_CPU,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -288,8 +288,44 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
 
 
+class StageRecipe(Protocol):
+    """What the recipes of all stages on a trainer of transformers or TRL have."""
+
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def logging(self) -> LanguageLoggingConfig: ...
+    @property
+    def bf16(self) -> bool: ...
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+
+
+def shared_arguments(recipe: StageRecipe, directory: RunDirectory) -> dict[str, Any]:
+    """What every stage tells its trainer; bf16 is autocast on CPUs and GPUs alike."""
+    return {
+        "output_dir": str(directory.checkpoints),
+        "max_steps": recipe.optimizer.steps,
+        "warmup_steps": recipe.optimizer.warmup,
+        "lr_scheduler_type": recipe.optimizer.schedule,
+        "max_grad_norm": recipe.optimizer.clip,
+        "bf16": recipe.bf16,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "logging_steps": recipe.logging.every,
+        "logging_nan_inf_filter": False,  # it would hide what RunCallback looks for
+        "save_steps": recipe.logging.save_every,
+        "save_total_limit": 2,
+        "report_to": list(recipe.logging.report_to) or "none",
+        "seed": recipe.run.seed,
+        "remove_unused_columns": False,
+        "use_cpu": ON_CPU,
+    }
+
+
 def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> TrainingArguments:
-    """The Trainer's arguments; bf16 is autocast on CPUs and GPUs alike.
+    """The Trainer's arguments.
 
     Raises:
         ValueError: a batch that the processes cannot share evenly.
@@ -298,25 +334,11 @@ def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> Train
         recipe.batch_size, recipe.micro_batch, PartialState(cpu=ON_CPU).num_processes
     )
     return TrainingArguments(
-        output_dir=str(directory.checkpoints),
-        max_steps=recipe.optimizer.steps,
+        **shared_arguments(recipe, directory),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        warmup_steps=recipe.optimizer.warmup,
-        lr_scheduler_type=recipe.optimizer.schedule,
-        max_grad_norm=recipe.optimizer.clip,
-        bf16=recipe.bf16,
-        logging_steps=recipe.logging.every,
-        logging_nan_inf_filter=False,  # it would hide what RunCallback looks for
-        save_steps=recipe.logging.save_every,
-        save_total_limit=2,
-        report_to=list(recipe.logging.report_to) or "none",
-        seed=recipe.run.seed,
-        remove_unused_columns=False,
         dataloader_num_workers=1,
         dataloader_prefetch_factor=4,
-        use_cpu=ON_CPU,
     )
 
 
