@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +167,21 @@ class ViTEncoderConfig(EncoderOptions):
     @property
     def drops_margin(self) -> bool:
         return self.drop_margin
+
+
+@dataclass(frozen=True)
+class TowerOptions(EncoderOptions):
+    """Of encoders whose cells are those of a vision tower."""
+
+    tower: ViTEncoderConfig = field(default_factory=ViTEncoderConfig)
+
+    @property
+    def downsample(self) -> int:
+        return self.tower.downsample
+
+    @property
+    def drops_margin(self) -> bool:
+        return self.tower.drops_margin
 
 
 class ViTEncoder(nn.Module):

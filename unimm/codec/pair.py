@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unimm.codec.encoders import EncoderOptions, ViTEncoder, ViTEncoderConfig
+from unimm.codec.encoders import TowerOptions, ViTEncoder
 from unimm.codec.pyramid import PyramidEncoder, PyramidEncoderConfig
 
 
 @dataclass(frozen=True)
-class PairEncoderConfig(EncoderOptions):
+class PairEncoderConfig(TowerOptions):
     """Both encoders.
 
     Args:
@@ -23,18 +23,9 @@ class PairEncoderConfig(EncoderOptions):
         pyramid_dim: channels that a linear map makes of its features, behind those of the tower.
     """
 
-    tower: ViTEncoderConfig = field(default_factory=ViTEncoderConfig)
     tower_dim: int = 32
     pyramid: PyramidEncoderConfig = field(default_factory=PyramidEncoderConfig)
     pyramid_dim: int = 8
-
-    @property
-    def downsample(self) -> int:
-        return self.tower.downsample
-
-    @property
-    def drops_margin(self) -> bool:
-        return self.tower.drops_margin
 
     @property
     def width(self) -> int:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from unimm.codec.encoders import EncoderOptions, ViTEncoder, ViTEncoderConfig
+from unimm.codec.encoders import TowerOptions, ViTEncoder
 from unimm.nn.geglu import AttentionProjection
 
 
 @dataclass(frozen=True)
-class TapEncoderConfig(EncoderOptions):
+class TapEncoderConfig(TowerOptions):
     """The tower and its taps.
 
     Args:
@@ -24,7 +24,6 @@ class TapEncoderConfig(EncoderOptions):
         pixel_heads, meaning_heads: of the attentions that lead there.
     """
 
-    tower: ViTEncoderConfig = field(default_factory=ViTEncoderConfig)
     pixel_layer: int = 6
     shortcut_layer: int = 4
     shortcut_weight: float = 0.6
@@ -41,14 +40,6 @@ class TapEncoderConfig(EncoderOptions):
             )
         if self.tower.final_norm or self.tower.class_token:
             raise ValueError("The tower is read between its blocks; set final_norm: false and class_token: false.")
-
-    @property
-    def downsample(self) -> int:
-        return self.tower.downsample
-
-    @property
-    def drops_margin(self) -> bool:
-        return self.tower.drops_margin
 
     @property
     def width(self) -> int:
