@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -74,6 +75,14 @@ class Drawer(ABC):
             generator: of the noise.
         """
 
+    def sampling(self, steps: int, generator: torch.Generator | None) -> dict[str, Any]:
+        """How the pipeline samples: as published, but for a number of steps that is given."""
+        return {
+            "num_inference_steps": steps or self.settings.num_inference_steps,
+            "guidance_scale": self.settings.guidance_scale,
+            "generator": generator,
+        }
+
 
 class CodesDrawer(Drawer):
     """Our own detokenizer, which reads codes."""
@@ -83,8 +92,7 @@ class CodesDrawer(Drawer):
     def draw(
         self, codes: VisualCodes, codec: VisualCodecModel, *, prompt: str, steps: int, generator: torch.Generator | None
     ) -> Image.Image:
-        steps = steps or self.settings.num_inference_steps
-        return self.pipeline(codes, num_inference_steps=steps, generator=generator).images[0]
+        return self.pipeline(codes, **self.sampling(steps, generator)).images[0]
 
 
 class FluxDrawer(Drawer):
@@ -100,9 +108,7 @@ class FluxDrawer(Drawer):
             codec.decode(codes).flatten(2).transpose(1, 2),
             codes.grid[0],
             prompt=prompt,
-            num_inference_steps=steps or self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
-            generator=generator,
+            **self.sampling(steps, generator),
         ).images[0]
 
 
@@ -119,9 +125,7 @@ class UnCLIPDrawer(Drawer):
             prompt="",
             image_embeds=codec.decode(codes).to(self.pipeline.dtype),
             noise_level=0,
-            num_inference_steps=steps or self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
-            generator=generator,
+            **self.sampling(steps, generator),
         ).images[0]
 
 
@@ -142,9 +146,7 @@ class StableDiffusionDrawer(Drawer):
         return self.pipeline(
             prompt_embeds=features,
             negative_prompt_embeds=self.unconditional.to(features).expand_as(features),
-            num_inference_steps=steps or self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
-            generator=generator,
+            **self.sampling(steps, generator),
         ).images[0]
 
 
@@ -168,9 +170,7 @@ class SanaDrawer(Drawer):
             negative_prompt_attention_mask=mask,
             height=side,
             width=side,
-            num_inference_steps=steps or self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
-            generator=generator,
+            **self.sampling(steps, generator),
             use_resolution_binning=False,
         ).images[0]
 
