@@ -151,7 +151,7 @@ def test_a_plan_counts_the_weights_of_the_model_that_is_built(begun, tmp_path, w
     assert found.total == sum(weight.numel() for weight in model.parameters())
     assert found.trainable == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert found.trainable < found.total  # the codec is frozen
-    assert found.units == 2 * 2 * 200
+    assert found.work.units == 2 * 2 * 200
     assert {way.engine for way in found.memory} == {"ddp", "zero2", "fsdp2/zero3"}
     lora = plan(folder / "sft_lora.yaml", [*language_overrides(made, tmp_path), "adapter.rank=1"])
     assert 0 < lora.trainable < found.trainable
@@ -165,7 +165,7 @@ def test_a_plan_of_real_sizes_reads_earlier_stages_off_their_recipes(recipes):
     assert sharded["fsdp2/zero3"].states * 40 < sharded["ddp"].states
     assert "does not fit" in found.to_text()
     small = plan(recipes / "qwen3-0.6b" / "grpo.yaml", world_size=8)
-    assert small.units == 200 * 4 * 16 * 8
+    assert small.work.units == 200 * 4 * 16 * 8
     with pytest.raises(ValueError, match="name one of rtx4090"):
         plan(recipes / "qwen3-0.6b" / "grpo.yaml", gpu="abacus")
     with pytest.raises(ValueError, match="run the stage before this one"):
@@ -185,7 +185,7 @@ def test_a_plan_counts_arithmetic_as_torch_does(recipes, tmp_path):
     data = read_yaml(recipes / "tiny" / "codec.yaml") | {"optimizer": {"steps": 10}}
     path.write_text(yaml.safe_dump(data))
     found = plan(path)
-    assert found.units == 10 * data["data"]["batch_size"]
+    assert found.work.units == 10 * data["data"]["batch_size"]
     codec = VisualCodecModel(VisualCodecModel.config_class(**data["model"]))
     assert found.trainable == sum(weight.numel() for weight in codec.parameters())
-    assert found.flops > 6 * found.units * found.trainable  # convolutions use a weight at every place
+    assert found.work.flops > 6 * found.work.units * found.trainable  # convolutions use a weight at every place

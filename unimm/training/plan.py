@@ -71,14 +71,28 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a whole run does.
+
+    Args:
+        unit, units: what is counted, and how much of it the run sees.
+        flops: operations.
+        seconds: how long they take.
+    """
+
+    unit: str
+    units: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe takes.
 
     Args:
         total, trainable: weights.
-        unit, units: what is counted, and how much of it the whole run sees.
-        flops: operations of the whole run.
-        seconds: of the whole run.
+        work: of the whole run.
         memory: per GPU, by engine.
     """
 
@@ -87,10 +101,7 @@ class Plan:
     world_size: int
     total: int
     trainable: int
-    unit: str
-    units: float
-    flops: float
-    seconds: float
+    work: Work
     memory: tuple[Memory, ...]
 
     def to_text(self) -> str:
@@ -98,8 +109,8 @@ class Plan:
         lines = [
             f"recipe      {self.recipe}, {self.world_size} x {self.gpu}",
             f"weights     {self.total:,}, of which {self.trainable:,} are trained",
-            f"{self.unit:<11} {self.units:.3g}",
-            f"operations  {self.flops:.3g}",
+            f"{self.work.unit:<11} {self.work.units:.3g}",
+            f"operations  {self.work.flops:.3g}",
             f"time        {self._time()} at {UTILISATION:.0%} of the peak",
         ]
         limit = GPUS[self.gpu].memory
@@ -113,9 +124,9 @@ class Plan:
 
     def _time(self) -> str:
         for name, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-            if self.seconds >= 2 * size:
-                return f"{self.seconds / size:.1f} {name}"
-        return f"{self.seconds:.0f} seconds"
+            if self.work.seconds >= 2 * size:
+                return f"{self.work.seconds / size:.1f} {name}"
+        return f"{self.work.seconds:.0f} seconds"
 
 
 def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1, gpu: str = "h100") -> Plan:
@@ -199,6 +210,14 @@ class _Shape:
         logits = 3 * 4 * min(CHUNK_TARGETS, tokens) * self.config.vocabulary.image_token_offset
         return body + logits + 4 * tokens * text.hidden_size
 
+    def plan(
+        self, name: str, gpu: str, world_size: int, work: Work, activations: float, reference: float = 0.0
+    ) -> Plan:
+        """The plan of a run with this model; `reference` are bytes of a second one that is only read."""
+        states = self.states(world_size)
+        memory = tuple(Memory(engine, held + reference, activations) for engine, held in states.items())
+        return Plan(name, gpu, world_size, self.total, self.trainable, work, memory)
+
 
 def _plan_language(recipe: LanguageRecipe, folder: Path, name: str, world_size: int, gpu: str) -> Plan:
     shape = _shape(_model_config(recipe, folder), recipe.adapter)
@@ -209,18 +228,8 @@ def _plan_language(recipe: LanguageRecipe, folder: Path, name: str, world_size: 
     passes = shape.training_factor + recipe.gradient_checkpointing
     flops = shape.forward_flops(tokens, context) * passes
     activations = shape.activations(micro_batch * item, recipe.gradient_checkpointing)
-    return Plan(
-        recipe=name,
-        gpu=gpu,
-        world_size=world_size,
-        total=shape.total,
-        trainable=shape.trainable,
-        unit="tokens",
-        units=tokens,
-        flops=flops,
-        seconds=flops / (world_size * GPUS[gpu].flops * UTILISATION),
-        memory=tuple(Memory(engine, states, activations) for engine, states in shape.states(world_size).items()),
-    )
+    seconds = flops / (world_size * GPUS[gpu].flops * UTILISATION)
+    return shape.plan(name, gpu, world_size, Work("tokens", tokens, flops, seconds), activations)
 
 
 def _plan_grpo(recipe: GrpoRecipe, folder: Path, name: str, world_size: int, gpu: str) -> Plan:
@@ -245,20 +254,9 @@ def _plan_grpo(recipe: GrpoRecipe, folder: Path, name: str, world_size: int, gpu
     reference = 0.0
     if recipe.objective.kl > 0 and recipe.adapter is None:
         reference = shape.total * MASTER_BYTES
-    return Plan(
-        recipe=name,
-        gpu=gpu,
-        world_size=world_size,
-        total=shape.total,
-        trainable=shape.trainable,
-        unit="drawings",
-        units=float(drawings) * world_size * rounds,
-        flops=flops,
-        seconds=flops / (world_size * GPUS[gpu].flops * UTILISATION) + reading,
-        memory=tuple(
-            Memory(engine, states + reference, activations) for engine, states in shape.states(world_size).items()
-        ),
-    )
+    seconds = flops / (world_size * GPUS[gpu].flops * UTILISATION) + reading
+    work = Work("drawings", float(drawings) * world_size * rounds, flops, seconds)
+    return shape.plan(name, gpu, world_size, work, activations, reference)
 
 
 def _plan_dpo(recipe: DpoRecipe, folder: Path, name: str, world_size: int, gpu: str) -> Plan:
@@ -278,20 +276,8 @@ def _plan_dpo(recipe: DpoRecipe, folder: Path, name: str, world_size: int, gpu: 
     activations = shape.activations(2 * micro_batch * length, recipe.gradient_checkpointing) + logits
     reference = shape.total * MASTER_BYTES if recipe.adapter is None else 0
     peak = GPUS[gpu].flops * UTILISATION
-    return Plan(
-        recipe=name,
-        gpu=gpu,
-        world_size=world_size,
-        total=shape.total,
-        trainable=shape.trainable,
-        unit="pairs",
-        units=pairs,
-        flops=drawn + learned,
-        seconds=drawn / peak + reading + learned / (world_size * peak),
-        memory=tuple(
-            Memory(engine, states + reference, activations) for engine, states in shape.states(world_size).items()
-        ),
-    )
+    work = Work("pairs", pairs, drawn + learned, drawn / peak + reading + learned / (world_size * peak))
+    return shape.plan(name, gpu, world_size, work, activations, reference)
 
 
 def _plan_visual(recipe: CodecRecipe | DetokenizerRecipe, folder: Path, name: str, world_size: int, gpu: str) -> Plan:
@@ -318,10 +304,7 @@ def _plan_visual(recipe: CodecRecipe | DetokenizerRecipe, folder: Path, name: st
         world_size=world_size,
         total=trainable + frozen,
         trainable=trainable,
-        unit="pictures",
-        units=pictures,
-        flops=flops,
-        seconds=flops / (world_size * GPUS[gpu].flops * UTILISATION),
+        work=Work("pictures", pictures, flops, flops / (world_size * GPUS[gpu].flops * UTILISATION)),
         memory=(Memory("ddp", states, kept * half * recipe.data.batch_size),),
     )
 
