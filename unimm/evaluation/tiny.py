@@ -130,6 +130,7 @@ def evaluate_tiny(model: UniMM, *, command: str, limit: int = 200, folder: Path 
         figure, drawn[drawing.name] = measure_drawing(model, drawing, limit)
         figures.append(figure)
     figures += [measure_reading(model, reading, limit) for reading in READING]
+    figures.append(measure_reading(model, READING[0], limit, copies=True))  # what the model drew is such a copy
     figures.append(well_formed(model, NUM_WELL_FORMED * limit // 200))
     report = Report(command, tuple(figures))
     if folder is not None:
@@ -186,19 +187,23 @@ def measure_drawing(model: UniMM, task: DrawingTask, limit: int) -> tuple[Figure
     return figure, list(zip(drawn, captions, right, strict=True))
 
 
-def measure_reading(model: UniMM, task: ReadingTask, limit: int) -> Figure:
-    """The share of answers that the judge accepts."""
+def measure_reading(model: UniMM, task: ReadingTask, limit: int, *, copies: bool = False) -> Figure:
+    """The share of answers that the judge accepts, about pictures or about their copies from the codec."""
     examples = held_out(task.world, task.category, limit)
     asked = [task.question(example) for example in examples]
+    images = [example.image for example in examples]
+    if copies:
+        images = to_pictures(round_trip(model, images)[1])
     right: list[bool] = []
     for start in tqdm(range(0, limit, BATCH), desc=f"reading {task.name}", leave=False):
         batch = slice(start, start + BATCH)
-        replies = model.understand([e.image for e in examples[batch]], [question for question, _ in asked[batch]])
+        replies = model.understand(images[batch], [question for question, _ in asked[batch]])
         right += [
             task.judge(reply.text, expected, example.facts)
             for reply, (_, expected), example in zip(replies, asked[batch], examples[batch], strict=True)
         ]
-    return Figure("reading", task.name, float(np.mean(right)), limit, task.target)
+    name = f"{task.name} of copies" if copies else task.name
+    return Figure("reading", name, float(np.mean(right)), limit, task.target)
 
 
 def well_formed(model: UniMM, number: int) -> Figure:
