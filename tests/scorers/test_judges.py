@@ -11,7 +11,7 @@ from unimm.data.worlds import EmojiWorld, ShapesWorld, WordsWorld
 from unimm.scorers.emoji import SINGLE_SIZE, EmojiJudge
 from unimm.scorers.facts import SceneFacts
 from unimm.scorers.glyphs import catalog, world_glyphs
-from unimm.scorers.scene import find_objects, verify_scene
+from unimm.scorers.scene import NO_SHAPE, find_objects, verify_scene
 from unimm.scorers.word import read_word
 
 NUMBER = 200
@@ -56,6 +56,13 @@ def test_blank_and_noise_show_nothing():
     assert read_word(blank) is None
     assert not verify_scene(blank, facts).exact
     assert not verify_scene(noise, facts).exact
+
+
+def test_a_patchwork_whose_median_is_the_ground_is_a_blob():
+    pixels = np.full((128, 128, 3), 255, dtype=np.uint8)
+    for place, colour in enumerate([(255, 255, 0), (255, 0, 255), (0, 255, 255)]):
+        pixels[40:80, 30 + 20 * place : 50 + 20 * place] = colour
+    assert [thing.shape for thing in find_objects(Image.fromarray(pixels))] == [NO_SHAPE]
 
 
 def test_words_are_read_back():

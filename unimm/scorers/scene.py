@@ -86,10 +86,13 @@ def find_objects(image: Image.Image) -> list[FoundObject]:
         interior = ndimage.binary_erosion(tinted, iterations=2)
         colour = np.median(pixels[box][interior if interior.any() else tinted], axis=0)
         step = colour - ground
-        share = tinted * np.clip((pixels[box] - ground) @ step / (step @ step), 0, 1)  # of a pixel that is covered
-        rows, columns = _extent(share)
+        # The share of a pixel that is covered; the median of a patchwork may be the ground itself, which covers none.
+        share = tinted * np.clip((pixels[box] - ground) @ step / max(step @ step, 1.0), 0, 1)
+        plain = share.max() > 0.5
+        rows, columns = _extent(share if plain else tinted)
+        shape = _nearest_shape(share[rows, columns]) if plain else NO_SHAPE
         centre = (box[1].start + (columns.start + columns.stop) / 2, box[0].start + (rows.start + rows.stop) / 2)
-        found.append(FoundObject(_nearest_shape(share[rows, columns]), nearest_colour(colour), centre))
+        found.append(FoundObject(shape, nearest_colour(colour), centre))
     return found
 
 
