@@ -15,6 +15,7 @@ from tiny_upstreams import (
     golden_io,
     golden_weights,
     language_model,
+    llama_sizes,
     text_tokenizer,
     tiny_vae,
     write_shards,
@@ -28,15 +29,7 @@ from unimm.sequence import ImageSpan
 
 ROWS, CODES, FEATURES = 320, 64, 24
 OPEN, CLOSE, FIRST = ROWS, ROWS + 1, ROWS + 2
-LLAMA = {
-    "vocab_size": ROWS + 2 + CODES,
-    "hidden_size": 40,  # the width that the fixture's features have for the language model
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-}
+LLAMA = llama_sizes(ROWS + 2 + CODES, 40)  # 40: the width that the fixture's features have for the language model
 
 
 @pytest.fixture(scope="module")

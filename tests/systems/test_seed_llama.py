@@ -1,6 +1,7 @@
 """SEED-LLaMA from upstream's files to a model that reads, draws and chats, and back."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tiny_upstreams import (
     golden_io,
     golden_weights,
     language_model,
+    llama_sizes,
     prompt_tokenizer,
     text_tokenizer,
     tiny_clip,
@@ -42,15 +44,7 @@ from unimm.conversion import convert, restore
 from unimm.sequence import ImagePart, TextPart
 
 ROWS, CODES, WIDTH = 320, 96, 20
-LLAMA = {
-    "vocab_size": ROWS + CODES + 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-}
+LLAMA = llama_sizes(ROWS + CODES + 2, 32)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +109,14 @@ def unclip(tmp_path_factory):
 def converted(source, unclip, tmp_path_factory):
     target = tmp_path_factory.mktemp("converted") / "model"
     return convert("seed_llama_8b", source, target, accept_licence=True, detokenizer=unclip).target
+
+
+def test_codes_beyond_the_language_model_are_refused(source, tmp_path):
+    shutil.copytree(source, tmp_path / "short")
+    fields = json.loads((source / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(fields | {"vocab_size": ROWS + CODES - 1}))
+    with pytest.raises(ValueError, match=f"or not of {ROWS + CODES - 1} rows"):
+        convert("seed_llama_8b", tmp_path / "short", tmp_path / "out", accept_licence=True)
 
 
 def test_it_reads_draws_and_chats(converted):

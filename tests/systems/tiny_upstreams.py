@@ -60,6 +60,19 @@ def language_model(config):
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
+def llama_sizes(rows, width):
+    """A tiny LLaMA's configuration."""
+    return {
+        "vocab_size": rows,
+        "hidden_size": width,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+    }
+
+
 def golden_weights(system, prefix=""):
     """A fixture's weights whose keys begin with a prefix, without it."""
     weights = load_file(GOLDEN / system / "weights.safetensors")

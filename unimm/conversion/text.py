@@ -48,6 +48,21 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return found
 
 
+def first_code(tokenizer: PreTrainedTokenizerBase, name: str, size: int, rows: int) -> int:
+    """The row of the first of `size` codes, which the tokenizer calls `name` with their numbers in it.
+
+    Raises:
+        ValueError: names that do not follow each other, or reach beyond the `rows` of the language model.
+    """
+    offset = token_id(tokenizer, name.format(0))
+    if token_id(tokenizer, name.format(size - 1)) != offset + size - 1 or rows < offset + size:
+        raise ValueError(
+            f"{size} codes from row {offset} on are not those of the text tokenizer, or not of {rows} rows; convert "
+            "the tokenizers that came with this language model."
+        )
+    return offset
+
+
 def tokenizer_of_rows(
     upstream: PreTrainedTokenizerBase,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from unimm.conversion.maps import seed
-from unimm.conversion.text import PLACEHOLDER, template, token_id, upstream_tokenizer
+from unimm.conversion.text import PLACEHOLDER, first_code, template, token_id, upstream_tokenizer
 from unimm.conversion.upstream import Plan, Upstream, UpstreamConfig, WeightFile
 from unimm.conversion.whole import Front, padded_rows, plain_renames, stock_detokenizer, text_fields, whole_plan
 from unimm.unified import UniMMConfig
@@ -30,9 +30,8 @@ def plan(upstream: UpstreamConfig, *, prompts: str) -> Plan:
     """
     codec = seed.plan(UpstreamConfig(upstream.get("visual_tokenizer", {})))
     tokenizer, rows = upstream_tokenizer(upstream.folder), upstream.get("vocab_size")
-    offset, size = token_id(tokenizer, CODE_NAME.format(0)), codec.config.quantizer["size"]
-    if token_id(tokenizer, CODE_NAME.format(size - 1)) != offset + size - 1 or rows < offset + size:
-        raise ValueError(f"{size} codes from row {offset} on are not those of the text tokenizer, or of {rows} rows.")
+    size = codec.config.quantizer["size"]
+    offset = first_code(tokenizer, CODE_NAME, size, rows)
     padding, tokens = tokenizer.pad_token or tokenizer.unk_token, codec.config.resampler["tokens"]
     config = UniMMConfig(
         text_config=text_fields(upstream, "llama", padded_rows(rows + 1)),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unimm.conversion.maps import tar
-from unimm.conversion.text import PLACEHOLDER, template, token_id, upstream_tokenizer
+from unimm.conversion.text import PLACEHOLDER, first_code, template, token_id, upstream_tokenizer
 from unimm.conversion.upstream import Plan, Upstream, UpstreamConfig, WeightFile, read_config
 from unimm.conversion.weights import unpickled
 from unimm.conversion.whole import Front, padded_rows, plain_renames, stock_detokenizer, text_fields, whole_plan
@@ -36,9 +36,8 @@ def plan(upstream: UpstreamConfig) -> Plan:
     """
     codec = tar.plan(UpstreamConfig(upstream.get("visual_tokenizer")))
     tokenizer, rows = upstream_tokenizer(upstream.folder), upstream.get("vocab_size")
-    offset, size = token_id(tokenizer, CODE_NAME.format(0)), codec.config.quantizer["size"]
-    if token_id(tokenizer, CODE_NAME.format(size - 1)) != offset + size - 1 or rows < offset + size:
-        raise ValueError(f"{size} codes from row {offset} on are not those of the text tokenizer, or of {rows} rows.")
+    size = codec.config.quantizer["size"]
+    offset = first_code(tokenizer, CODE_NAME, size, rows)
     policy = codec.config.length
     grids = [[policy["rows"] // pool, policy["columns"] // pool] for pool in policy["pools"]]
     sizes = [SIZE_NAME.format(scale) for scale in range(len(grids))]
