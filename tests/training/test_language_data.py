@@ -11,6 +11,7 @@ from unimm import UniMMForConditionalGeneration, UniMMProcessor
 from unimm.codec import VisualCodecImageProcessor
 from unimm.data.conversations import TaskRates
 from unimm.data.rows import ShardReport, read_rows, write_shard
+from unimm.sequence import ImagePart
 from unimm.training.language import LanguageTrainer, share_batch
 from unimm.training.language_data import ConversationDataset, PackInOneRow, PadRight, RowsConfig
 from unimm.training.optimizer import OptimizerConfig
@@ -64,6 +65,25 @@ def test_a_mixture_keeps_its_weights_and_repeats_itself(codec, tiny, captioned, 
     found = [item["input_ids"] == hello for index in range(len(mixed)) for item in mixed[index]]
     assert 0.68 < np.mean(found) < 0.82
     assert mixed[7] == dataset(codec, tiny[1], {captioned: 1.0, chat: 3.0})[7]
+
+
+def test_pictures_to_read_are_copies_and_pictures_to_draw_are_not(codec, tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    row = picture_row(codec, rng, captions=["a red heart"])
+    row["copy_codes"] = picture_row(codec, rng)["codes"]
+    folder, processor = folder_of(tmp_path / "rows", codec, [row]), tiny[1]
+    rows = [(read_rows(folder, codec), 1.0)]
+    for rates, expected in (
+        (TaskRates(draw=0.0, read=1.0, show=0.0, copied=1.0), "copy_codes"),
+        (TaskRates(draw=0.0, read=1.0, show=0.0, copied=0.0), "codes"),
+        (TaskRates(draw=1.0, read=0.0, show=0.0, copied=1.0), "codes"),
+        (TaskRates(draw=0.0, read=0.0, show=1.0, copied=1.0), "codes"),
+    ):
+        items = ConversationDataset(
+            rows, processor, tasks=rates, answers_only=False, pack_length=None, seed=0, length=1
+        )
+        (picture,) = [part for part in processor.parse(items[0][0]["input_ids"]) if isinstance(part, ImagePart)]
+        assert picture.codes.ids[0].tolist() == row[expected]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

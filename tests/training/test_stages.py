@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import yaml
 from conftest import needs_font
 
 from unimm.codec import VisualCodecModel, load_preset
 from unimm.config import from_dict, read_yaml
-from unimm.data.rows import read_rows, write_rows
+from unimm.data.pictures import to_pictures, to_pixel_values
+from unimm.data.rows import read_rows, row_pictures, write_rows
 from unimm.detokenizer import CodesToImagePipeline
 from unimm.training.loop import check_finite
 from unimm.training.pool import held_out_pixels
@@ -115,6 +117,18 @@ def test_rows_restart_and_refuse_another_codec(tmp_path, monkeypatch):
         read_rows(tmp_path, other)
     with pytest.raises(ValueError, match="holds no rows"):
         read_rows(tmp_path / "nothing", codec)
+
+
+def test_rows_of_worlds_have_the_codes_of_copies_as_jpeg_or_not(tmp_path):
+    codec = VisualCodecModel(load_preset("smallest").__class__(**TINY_CODEC)).eval()
+    write_rows(codec, SHAPES, num_rows=12, seed=0, folder=tmp_path)
+    as_they_are = 0
+    for row in read_rows(tmp_path, codec):
+        codes, copied = row_pictures(row)[0], row_pictures(row, copied=True)[0]
+        assert copied.grid == codes.grid
+        shown = to_pixel_values(np.stack([np.asarray(picture) for picture in to_pictures(codec.pictures(codes))]))
+        as_they_are += copied.ids.equal(codec.encode(shown).ids)
+    assert 1 <= as_they_are < 12
 
 
 def detokenizer_recipe(folder, codec_run, name):

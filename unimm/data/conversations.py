@@ -19,12 +19,19 @@ MAX_QUESTIONS = 3
 
 @dataclass(frozen=True)
 class TaskRates:
-    """Shares of the tasks, and of drawing requests whose text is dropped so that guidance has something to lean on."""
+    """How often what is asked.
+
+    Args:
+        draw, read, show: shares of the tasks.
+        null_prompt: drawing requests whose text is dropped, so that guidance has something to lean on.
+        copied: pictures to read that are copies from the codec, as the model's own drawings are.
+    """
 
     draw: float = 0.55
     read: float = 0.4
     show: float = 0.05
     null_prompt: float = 0.1
+    copied: float = 0.5
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Pre-tokenised rows: pictures as codes without offset, with their words, in parquet shards.
 
 A row has at most one picture. Its words are messages, or captions and questions that a stage makes messages of. A
+rendered picture has the codes of a copy as well: readers meet pictures that were drawn, saved and sent around. A
 manifest names what the shards were made from; a restart writes the missing shards only.
 """
 
@@ -10,27 +11,31 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
+from PIL import Image
 from pyarrow.parquet import read_metadata, write_table
 from tqdm import tqdm
 
 from unimm.codec import VisualCodecModel
 from unimm.codes import VisualCodes
 from unimm.data.conversations import PictureTexts
-from unimm.data.pictures import Mixture, to_pixel_values
+from unimm.data.pictures import Mixture, to_pictures, to_pixel_values
 from unimm.files import atomic_write
 
 SHARD_ROWS = 5_000
 ENCODE_BATCH = 50
+JPEG_SHARE, JPEG_QUALITIES = 0.5, (60, 100)
 PART = {"type": Value("string"), "text": Value("string")}
 FEATURES = Features(
     {
         "codes": List(List(Value("uint32"))),
+        "copy_codes": List(List(Value("uint32"))),
         "height": Value("int32"),
         "width": Value("int32"),
         "description": Value("string"),
@@ -125,18 +130,31 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
     return rows
 
 
-def row_pictures(row: Mapping[str, Any]) -> list[VisualCodes]:
+def row_pictures(row: Mapping[str, Any], *, copied: bool = False) -> list[VisualCodes]:
     """The picture of a row, or none.
+
+    Args:
+        row: of a shard.
+        copied: take the codes of the picture's copy where the row has them.
 
     Raises:
         ValueError: another number of codes than its height and width have cells.
     """
-    ids = torch.tensor(row["codes"], dtype=torch.int64)  # [N, K]
+    ids = torch.tensor((copied and row.get("copy_codes")) or row["codes"], dtype=torch.int64)  # [N, K]
     if len(ids) != row["height"] * row["width"]:
         raise ValueError(
             f"A row has {len(ids)} codes for {row['height']} x {row['width']} cells; write its shard again."
         )
     return [VisualCodes.from_grid(ids.view(1, row["height"], row["width"], -1))] if len(ids) else []
+
+
+def sent_around(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The picture as it is, or saved as JPEG."""
+    if rng.random() >= JPEG_SHARE:
+        return picture
+    file = BytesIO()
+    picture.save(file, "JPEG", quality=int(rng.integers(*JPEG_QUALITIES)))
+    return Image.open(file).convert("RGB")
 
 
 def check_manifest(made_from: Mapping[str, Any], folder: Path) -> None:
@@ -181,14 +199,27 @@ def _check_whole(folder: Path) -> None:
         )
 
 
+def _copy_codes(
+    codec: VisualCodecModel, codes: VisualCodes, rngs: Sequence[np.random.Generator]
+) -> list[list[list[int]]]:
+    """Codes `[B, N, K]` of the pictures that the codec makes of codes; empty where it makes none."""
+    if not codec.decoder_options.makes_pixels:
+        return [[] for _ in rngs]
+    pictures = to_pictures(codec.pictures(codes))
+    copies = [np.asarray(sent_around(picture, rng)) for picture, rng in zip(pictures, rngs, strict=True)]
+    return codec.encode(to_pixel_values(np.stack(copies)).to(codec.device)).ids.tolist()
+
+
 def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], fingerprint: str) -> list[dict]:
     examples = [mixture.example(index) for index in indices]
     pixels = to_pixel_values(np.stack([np.asarray(example.image) for _, example in examples]))
     codes = codec.encode(pixels.to(codec.device))
     assert codes.grid is not None
+    copies = _copy_codes(codec, codes, [np.random.default_rng([mixture.seed, 1, index]) for index in indices])
     return [
         {
             "codes": codes.ids[position].tolist(),
+            "copy_codes": copies[position],
             "height": codes.grid[position][0],
             "width": codes.grid[position][1],
             "description": example.description,

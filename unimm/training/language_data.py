@@ -65,7 +65,8 @@ class ConversationDataset(torch.utils.data.Dataset):
     Args:
         rows: folders of rows, with their weights.
         processor: turns messages into ids.
-        tasks: of rows that have captions; rows with messages are taken as they are.
+        tasks: of rows that have captions; rows with messages are taken as they are. Pictures that a user shows are
+            copies at its rate, where a row has one.
         answers_only: learn the assistant's turns only.
         pack_length: tokens per item, or None.
         seed: of the order.
@@ -111,8 +112,10 @@ class ConversationDataset(torch.utils.data.Dataset):
     def _conversation(self, rng: np.random.Generator) -> Item:
         rows = self.rows[rng.choice(len(self.rows), p=self.shares)]
         row = rows[int(rng.integers(len(rows)))]
+        messages = row_messages(row, self.tasks, rng)
+        copied = shows_picture(messages) and rng.random() < self.tasks.copied
         encoded = self.processor.encode_messages(
-            row_messages(row, self.tasks, rng), row_pictures(row), answers_only=self.answers_only
+            messages, row_pictures(row, copied=copied), answers_only=self.answers_only
         )
         return {"input_ids": encoded.input_ids, "labels": encoded.labels}
 
@@ -150,6 +153,15 @@ def row_messages(row: dict[str, Any], tasks: TaskRates, rng: np.random.Generator
     if row.get("messages"):
         return row["messages"]
     return converse(row_texts(row), tasks, rng)
+
+
+def shows_picture(messages: Sequence[Message]) -> bool:
+    """Whether a picture is there to be read, and not to be drawn."""
+    return any(
+        message["role"] == "user" and any(part["type"] == "image" for part in message["content"])
+        for message in messages
+        if not isinstance(message["content"], str)
+    )
 
 
 def open_mixture(config: RowsConfig, codec: VisualCodecModel) -> list[tuple[Dataset, float]]:
