@@ -31,7 +31,7 @@ SMALL = [
     "optimizer.steps=2",
     "logging.every=1",
     "logging.validate_every=5",
-    "precision='no'",
+    "bf16=false",
 ]
 
 
@@ -143,7 +143,7 @@ def everything(tower, tmp_path, name, steps):
         "critic": {"weight": 0.1, "channels": 8, "layers": 2},
         "optimizer": {"steps": 4, "warmup": 1},
         "logging": {"every": 1, "validate_every": 10, "save_every": 2},
-        "precision": "no",
+        "bf16": False,
     }
     path.write_text(yaml.safe_dump(recipe))
     return path, recipe

@@ -1,11 +1,13 @@
 """Which weights Muon takes."""
 
 import pytest
+import torch
+from pytorch_optimizer import Muon
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from unimm.codec import VisualCodecModel, load_preset
-from unimm.training.optimizer import OptimizerConfig, build_optimizer
+from unimm.training.optimizer import ExactMuon, OptimizerConfig, build_optimizer
 
 
 def names_with_muon(model):
@@ -40,3 +42,15 @@ def test_decoder_layers_of_other_families_are_residual_blocks_too(kind):
     names = names_with_muon(AutoModelForCausalLM.from_config(config))
     assert len(names) >= 4
     assert not any("embed" in name or "lm_head" in name for name in names)
+
+
+def test_without_fast_bfloat16_updates_are_the_same_and_exact():
+    torch.manual_seed(0)
+    updates = [torch.randn(24, 8), torch.randn(8, 8), torch.randn(6, 4, 3, 3)]
+    group = {"ns_steps": 5, "ns_coeffs": ((3.4445, -4.7750, 2.0315),)}
+    exact = ExactMuon._orthogonalize(group, [update.clone() for update in updates])
+    for one, update in zip(exact, updates, strict=True):
+        near = Muon._orthogonalize(group, [update.clone()])[0].float()
+        assert one.dtype == torch.float32
+        assert float((one - near).norm() / one.norm()) < 0.03
+        assert torch.linalg.svdvals(one).min() > 0.5  # Newton-Schulz brings every one near 1

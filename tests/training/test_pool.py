@@ -53,7 +53,7 @@ def test_a_codec_learns_from_a_folder_of_pictures(pictures, tmp_path, monkeypatc
         "model": {"image_size": 32, **TINY_CODEC},
         "optimizer": {"steps": 2, "warmup": 0},
         "logging": {"every": 1, "validate_every": 2, "save_every": 2},
-        "precision": "no",
+        "bf16": False,
     }
     (tmp_path / "codec.yaml").write_text(yaml.safe_dump(recipe))
     directory = train(tmp_path / "codec.yaml")

@@ -46,7 +46,7 @@ def codec_recipe(folder, name, steps=6):
         model=TINY_CODEC,
         optimizer={"steps": steps, "warmup": 2},
         logging={"every": 1, "validate_every": 3, "save_every": 3},
-        precision="no",
+        bf16=False,
     )
 
 
@@ -141,7 +141,7 @@ def detokenizer_recipe(folder, codec_run, name):
         model={"patch_size": 16, "width": 16, "depth": 1, "num_heads": 2},
         optimizer={"steps": 4, "warmup": 2, "muon_lr": 0.02},
         logging={"every": 1, "validate_every": 4, "save_every": 2},
-        precision="no",
+        bf16=False,
     )
 
 

@@ -5,11 +5,17 @@ import torch
 from torch import nn
 
 import unimm
+from unimm.nn.precision import has_fast_bf16
 from unimm.unified.compression import FORMATS, Int8Linear, PackedLinear
+
+PACKED = pytest.param(
+    PackedLinear,
+    marks=pytest.mark.skipif(not has_fast_bf16(torch.device("cpu")), reason="this CPU has no layout for bfloat16"),
+)
 
 
 @pytest.mark.parametrize("rows", [(1,), (2,), (3, 7), (40,)])
-@pytest.mark.parametrize("kind", [Int8Linear.from_linear, PackedLinear])
+@pytest.mark.parametrize("kind", [Int8Linear.from_linear, PACKED])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_a_stored_layer_is_near_its_layer(kind, rows, bias):

@@ -55,6 +55,7 @@ class CodecRecipe:
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes, one of which is drawn at each step, so that few codes stand for a picture too
             (nested dropout, 1402.0915); empty for the codec's own.
+        bf16: whether to compute in it; None where the processor is fast in it.
     """
 
     task: str
@@ -68,7 +69,7 @@ class CodecRecipe:
     distill: FeatureConfig = field(default_factory=FeatureConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: tuple[int, ...] = ()
-    precision: str = "bf16"
+    bf16: bool | None = None
 
 
 class CodecTask:
@@ -179,5 +180,5 @@ def train_codec(recipe: CodecRecipe) -> RunDirectory:
     torch.manual_seed(recipe.run.seed)
     config = VisualCodecConfig(**recipe.model)
     pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
-    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision)
+    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16)
     return run_loop(CodecTask(recipe, pool), loop, recipe)

@@ -38,6 +38,7 @@ class DetokenizerRecipe:
         codec: a saved codec.
         model: keys of `CodesToImageTransformer2DModel` other than those that the codec decides.
         drop_codes: share of pictures drawn without their codes, so that guidance has something to lean on.
+        bf16: whether to compute in it; None where the processor is fast in it.
     """
 
     task: str
@@ -48,7 +49,7 @@ class DetokenizerRecipe:
     model: dict[str, Any] = field(default_factory=dict)
     drop_codes: float = 0.1
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    precision: str = "bf16"
+    bf16: bool | None = None
 
 
 class DetokenizerTask:
@@ -152,5 +153,5 @@ def train_detokenizer(recipe: DetokenizerRecipe) -> RunDirectory:
     pool = prepare_pool(recipe.data, codec.config, directory, seed=recipe.run.seed, held_out=HELD_OUT)
     with PartialState(cpu=ON_CPU).local_main_process_first():
         codes = encode_pool(codec, pool.pictures, directory.root / "codes.npy")
-    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.precision)
+    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16)
     return run_loop(DetokenizerTask(recipe, codec, pool, codes), loop, recipe)

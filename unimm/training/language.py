@@ -20,7 +20,7 @@ from unimm.sequence import UniMMProcessor
 from unimm.training.adapter import AdapterConfig, begin_adapter, load_model, merge_adapter
 from unimm.training.begin import BackboneConfig, SamplingConfig, TextModelConfig, begin_model, generation_config
 from unimm.training.language_data import ConversationDataset, PackInOneRow, PadRight, RowsConfig, open_mixture
-from unimm.training.loop import ON_CPU
+from unimm.training.loop import ON_CPU, computes_in_bf16
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import contact_sheet, plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
@@ -66,6 +66,8 @@ class LanguageRecipe:
         batch_size: items per step, over all processes: conversations, or packs of them.
         micro_batch: items per forward pass and process; None takes the process's share of the batch at once.
         pack_length: tokens per pack; None pads conversations instead.
+        bf16: whether to compute in it; None where the processor is fast in it.
+        compile: by TorchInductor: minutes at the start, then steps that wait less for memory.
         gradient_checkpointing: compute activations twice rather than keep them.
         attention: how transformers computes it, as `flash_attention_2`, which is what keeps packs cheap: `sdpa`, the
             default, computes the whole pack and masks it.
@@ -89,7 +91,8 @@ class LanguageRecipe:
     z_loss_weight: float = 0.0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     logging: LanguageLoggingConfig = field(default_factory=LanguageLoggingConfig)
-    bf16: bool = True
+    bf16: bool | None = None
+    compile: bool = False
     gradient_checkpointing: bool = False
     attention: str | None = None
 
@@ -298,7 +301,7 @@ class StageRecipe(Protocol):
     @property
     def logging(self) -> LanguageLoggingConfig: ...
     @property
-    def bf16(self) -> bool: ...
+    def bf16(self) -> bool | None: ...
     @property
     def gradient_checkpointing(self) -> bool: ...
 
@@ -311,7 +314,7 @@ def shared_arguments(recipe: StageRecipe, directory: RunDirectory) -> dict[str, 
         "warmup_steps": recipe.optimizer.warmup,
         "lr_scheduler_type": recipe.optimizer.schedule,
         "max_grad_norm": recipe.optimizer.clip,
-        "bf16": recipe.bf16,
+        "bf16": computes_in_bf16(recipe.bf16),
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "logging_steps": recipe.logging.every,
         "logging_nan_inf_filter": False,  # it would hide what RunCallback looks for
@@ -335,6 +338,7 @@ def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> Train
     )
     return TrainingArguments(
         **shared_arguments(recipe, directory),
+        torch_compile=recipe.compile,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
         dataloader_num_workers=1,

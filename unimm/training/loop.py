@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
 from unimm.files import atomic_directory
+from unimm.nn.precision import has_fast_bf16
 from unimm.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from unimm.training.plots import plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
@@ -45,12 +46,12 @@ class Critic(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop reads of a recipe. `precision` is accelerate's: no, bf16 or fp16."""
+    """What the loop reads of a recipe. `bf16` is None where the processor decides."""
 
     run: RunConfig
     optimizer: OptimizerConfig
     logging: LoggingConfig
-    precision: str
+    bf16: bool | None
 
 
 class VisualTask(Protocol):
@@ -76,6 +77,11 @@ class VisualTask(Protocol):
         """Write the model into an empty directory."""
 
 
+def computes_in_bf16(asked: bool | None) -> bool:
+    """What a recipe asks for, or what the processor is fast in where it asks for nothing."""
+    return has_fast_bf16(PartialState(cpu=ON_CPU).device) if asked is None else asked
+
+
 def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
     """Train `task.model` to the end, resuming from the last checkpoint where there is one, and save it under `model/`.
 
@@ -84,7 +90,7 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
     """
     set_seed(config.run.seed)
     directory = RunDirectory(config.run)
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=ON_CPU)
+    accelerator = Accelerator(mixed_precision="bf16" if computes_in_bf16(config.bf16) else "no", cpu=ON_CPU)
     if accelerator.is_main_process:
         directory.start(recipe)
     optimizer = build_optimizer(task.model, config.optimizer)

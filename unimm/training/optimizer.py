@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from pytorch_optimizer import Muon
+from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import nn
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unimm.nn.blocks import MLP, SelfAttention
 from unimm.nn.conv import LocalBlock, ResidualBlock
+from unimm.nn.precision import has_fast_bf16
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 # The decoder layers of every language model of transformers are of the first class.
@@ -50,6 +52,18 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
 
 
+class ExactMuon(Muon):
+    """Muon whose updates are orthogonalised in their own precision, for processors that are slow in bfloat16."""
+
+    @staticmethod
+    def _orthogonalize(group: dict[str, Any], updates: list[torch.Tensor]) -> list[torch.Tensor]:
+        steps, weights = group["ns_steps"], group["ns_coeffs"]
+        return [
+            zero_power_via_newton_schulz_5(update.flatten(1), num_steps=steps, weights=weights, dtype=update.dtype)
+            for update in updates
+        ]
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """One optimiser over the trainable weights of `model`."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
@@ -62,7 +76,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         return torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas)
     matrices = [weight for weight in trainable if weight in hidden]
     groups = [group | {"use_muon": False, "lr": config.lr, "betas": config.betas} for group in adamw]
-    return Muon([{"params": matrices, "use_muon": True, "lr": config.muon_lr}, *groups])
+    kind = Muon if all(has_fast_bf16(weight.device) for weight in matrices) else ExactMuon
+    return kind([{"params": matrices, "use_muon": True, "lr": config.muon_lr}, *groups])
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> torch.optim.lr_scheduler.LRScheduler:

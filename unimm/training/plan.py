@@ -297,7 +297,7 @@ def _plan_visual(recipe: CodecRecipe | DetokenizerRecipe, folder: Path, name: st
     pictures = float(recipe.optimizer.steps) * recipe.data.batch_size * world_size
     flops = 3 * forward * pictures
     states = trainable * (MASTER_BYTES + COMPUTE_BYTES + MASTER_BYTES + ADAM_BYTES) + frozen * MASTER_BYTES
-    half = COMPUTE_BYTES / MASTER_BYTES if recipe.precision != "no" else 1.0
+    half = 1.0 if recipe.bf16 is False else COMPUTE_BYTES / MASTER_BYTES
     return Plan(
         recipe=name,
         gpu=gpu,

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from unimm.nn.precision import has_fast_bf16
+
 if TYPE_CHECKING:
     from unimm.unified.modeling import UniMMForConditionalGeneration
 
@@ -64,6 +66,8 @@ class Int8Linear(nn.Module):
 class PackedLinear(nn.Module):
     """`x W^T + bias` in bfloat16 on a CPU, the weights laid out for oneDNN once rather than at every call.
 
+    Only a CPU that is fast in bfloat16 has the layout; see `unimm.nn.precision`.
+
     The operators are those that torch.compile emits for frozen weights.
     """
 
@@ -90,14 +94,14 @@ def compress(model: UniMMForConditionalGeneration, weights: str) -> None:
     if weights not in FORMATS:
         raise ValueError(f"weights is {weights!r}; it must be one of {', '.join(FORMATS)}, or None to leave them.")
     body = model.model.language_model
-    on_cpu = model.device.type == "cpu"
+    packs = model.device.type == "cpu" and has_fast_bf16(model.device)
     model.requires_grad_(False)
     for name, module in list(body.named_modules()):
         if type(module) is not nn.Linear:
             continue
         if weights == "int8":
             body.set_submodule(name, Int8Linear.from_linear(module))
-        elif on_cpu:
+        elif packs:
             body.set_submodule(name, PackedLinear(module))
     if weights == "int8":
         model.set_submodule("lm_head", Int8Linear.from_linear(model.lm_head))
