@@ -146,10 +146,19 @@ def _limit_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=TRIALS, help=f"trials per category (default: {TRIALS})")
 
 
-def _measuring(limit: int, weights: str | None = None) -> str:
+def _measuring(
+    limit: int, weights: str | None = None, temperature: float | None = None, best_of: int | None = None
+) -> str:
     """The command that measures the same again."""
-    stored = f" --weights {weights}" if weights else ""
-    return "unimm evaluate tiny" + (f" --limit {limit}" if limit != TRIALS else "") + stored
+    options = {
+        "limit": None if limit == TRIALS else limit,
+        "weights": weights,
+        "temperature": temperature,
+        "best-of": best_of,
+    }
+    return " ".join(
+        ["unimm evaluate tiny", *(f"--{name} {value}" for name, value in options.items() if value is not None)]
+    )
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +169,14 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _limit_argument(parser)
     parser.add_argument("--folder", help="where the report and its pictures go")
+    tiny = parser.add_argument_group("of tiny")
+    tiny.add_argument("--temperature", type=float, help="of what is drawn, 0 is greedy (default: the model's own)")
+    tiny.add_argument(
+        "--best-of",
+        type=int,
+        help="judge the one of so many drawings that a reward likes most, which knows the facts as the judge does: what "
+        "choosing could reach at best, beside reinforcement learning (default: 1)",
+    )
     codec = parser.add_argument_group("of codec")
     codec.add_argument("--vae", help="judge this autoencoder of diffusers, in place of --model")
     codec.add_argument("--side", type=int, default=256, help="of the pictures for --vae, in pixels (default: 256)")
@@ -181,8 +198,28 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(judge_codec(arguments).to_markdown())
         return
     folder = Path(arguments.folder) if arguments.folder else None
-    command, limit = _measuring(arguments.limit, arguments.weights), arguments.limit
-    print(evaluate_tiny(_load(arguments), command=command, limit=limit, folder=folder).to_markdown())
+    temperature, best_of = arguments.temperature, arguments.best_of
+    report = evaluate_tiny(
+        _load(arguments),
+        command=_measuring(arguments.limit, arguments.weights, temperature, best_of),
+        limit=arguments.limit,
+        folder=folder,
+        temperature=temperature,
+        best_of=1 if best_of is None else best_of,
+    )
+    print(report.to_markdown())
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of run directories; NAME-1, NAME-2, ... are seeds of one variant")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from unimm.training.comparison import compare_runs
+
+    print(compare_runs(Path(arguments.folder)).to_markdown())
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -359,6 +396,14 @@ VERBS = (
         _tokenize,
     ),
     Verb("evaluate", "measure a model", "unimm evaluate tiny --limit 20", _evaluate_arguments, _evaluate),
+    Verb(
+        "compare",
+        "put judged runs side by side, with their curves",
+        "unimm compare runs/tiny-grpo",
+        _compare_arguments,
+        _compare,
+        needs_model=False,
+    ),
     Verb(
         "bench",
         "measure speed, beside stock transformers and what the machine allows",

@@ -15,7 +15,8 @@ from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.data.worlds import WORLDS, Example, parse_caption
 from unimm.evaluation.report import Figure, Report
 from unimm.evaluation.sheet import verdict_sheet
-from unimm.pipelines import UniMM
+from unimm.pipelines import Reply, UniMM
+from unimm.rewards import REWARDS, Drawing, RewardMixture
 from unimm.scorers.emoji import emoji_judge
 from unimm.scorers.facts import SceneFacts
 from unimm.scorers.reconstruction import psnr
@@ -25,6 +26,8 @@ from unimm.scorers.word import read_word
 SEED = 1234
 BATCH = 50
 NUM_WELL_FORMED = 1_000
+# Chooses one of several drawings. It is graded where the judge is not, but reads the same pixels for the same facts.
+CHOICE = RewardMixture.choose({"scene": 1.0, "emoji": 1.0, "word": 1.0, "ink": 0.25}, REWARDS)
 
 PictureJudge = Callable[[Image.Image, SceneFacts], bool]
 
@@ -115,7 +118,15 @@ READING = (
 )
 
 
-def evaluate_tiny(model: UniMM, *, command: str, limit: int = 200, folder: Path | None = None) -> Report:
+def evaluate_tiny(
+    model: UniMM,
+    *,
+    command: str,
+    limit: int = 200,
+    folder: Path | None = None,
+    temperature: float | None = None,
+    best_of: int = 1,
+) -> Report:
     """Measure everything.
 
     Args:
@@ -123,11 +134,20 @@ def evaluate_tiny(model: UniMM, *, command: str, limit: int = 200, folder: Path 
         command: recorded in the report.
         limit: trials per category.
         folder: where the report and a sheet of drawings go; None writes nothing.
+        temperature: of what is drawn for the figures of drawing; None takes the model's own.
+        best_of: drawings per prompt, of which the one with the highest reward is judged. The reward is told the facts
+            of the prompt, as the judge is, so that more than one measures what rejection could reach at best, a
+            control for reinforcement learning, and no model that only sees the prompt.
+
+    Raises:
+        ValueError: fewer than one drawing per prompt.
     """
+    if best_of < 1:
+        raise ValueError(f"best_of is {best_of}; draw 1 picture per prompt, or more to choose from.")
     figures = codec_figures(model, limit)
     drawn: dict[str, list[tuple[Image.Image, str, bool]]] = {}
     for drawing in DRAWING:
-        figure, drawn[drawing.name] = measure_drawing(model, drawing, limit)
+        figure, drawn[drawing.name] = measure_drawing(model, drawing, limit, temperature=temperature, best_of=best_of)
         figures.append(figure)
     figures += [measure_reading(model, reading, limit) for reading in READING]
     figures.append(measure_reading(model, READING[0], limit, copies=True))  # what the model drew is such a copy
@@ -171,20 +191,35 @@ def codec_figures(model: UniMM, limit: int) -> list[Figure]:
     return [*figures, Figure("codec", "codes used", 100 * share, 6 * limit, 60.0, unit="%")]
 
 
-def measure_drawing(model: UniMM, task: DrawingTask, limit: int) -> tuple[Figure, list[tuple[Image.Image, str, bool]]]:
+def measure_drawing(
+    model: UniMM, task: DrawingTask, limit: int, *, temperature: float | None = None, best_of: int = 1
+) -> tuple[Figure, list[tuple[Image.Image, str, bool]]]:
     """The share of drawings that the judge accepts, and the drawings."""
     examples = held_out(task.world, task.category, limit)
     drawn: list[Image.Image] = []
-    for start in tqdm(range(0, limit, BATCH), desc=f"drawing {task.name}", leave=False):
-        prompts = [example.captions[0] for example in examples[start : start + BATCH]]
-        replies = model.generate(prompts, seed=SEED + start)
-        drawn += [reply.images[0] for reply in replies]
+    batch = max(1, BATCH // best_of)
+    for start in tqdm(range(0, limit, batch), desc=f"drawing {task.name}", leave=False):
+        asked = examples[start : start + batch]
+        prompts = [example.captions[0] for example in asked]
+        replies = model.generate(prompts, n=best_of, seed=SEED + start, temperature=temperature)
+        drawn += [
+            choose(replies[place * best_of : (place + 1) * best_of], example) for place, example in enumerate(asked)
+        ]
     right = [task.judge(image, example.facts) for image, example in zip(drawn, examples, strict=True)]
     copies = to_pictures(round_trip(model, [example.image for example in examples])[1])
     ceiling = np.mean([task.judge(image, example.facts) for image, example in zip(copies, examples, strict=True)])
     figure = Figure("drawing", task.name, float(np.mean(right)), limit, task.target, float(ceiling))
     captions = [example.captions[0] for example in examples]
     return figure, list(zip(drawn, captions, right, strict=True))
+
+
+def choose(replies: Sequence[Reply], example: Example) -> Image.Image:
+    """The drawing with the highest reward for what was asked, the first of them where several have it."""
+    images = [reply.images[0] for reply in replies]
+    if len(images) == 1:
+        return images[0]
+    rewards = CHOICE.total([Drawing(image, example.captions[0], example.facts) for image in images])
+    return images[max(range(len(images)), key=lambda place: rewards[place] or 0.0)]
 
 
 def measure_reading(model: UniMM, task: ReadingTask, limit: int, *, copies: bool = False) -> Figure:

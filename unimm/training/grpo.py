@@ -40,10 +40,14 @@ LOGGED = (
     "kl",
     "diversity",
     "group_reward_std",
+    "equal_groups",
     "ratio_deviation",
     "step_time",
     "rollout_time",
+    "reward_time",
+    "rollout_share",
 )
+EQUAL = 1e-6  # rewards of a group that differ less teach nothing
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,11 @@ class PictureReward:
 
 
 class DrawingGRPOTrainer(GRPOTrainer):
-    """GRPO whose rollouts are pictures and whose log-probabilities are those of the sampling distribution."""
+    """GRPO whose rollouts are pictures and whose log-probabilities are those of the sampling distribution.
+
+    Times are in seconds: `step_time` is all of a step, of which `rollout_time` is drawing, pixels included, and
+    `reward_time` judging; what is left is the scores of the reference, and the update.
+    """
 
     def __init__(
         self,
@@ -271,14 +279,20 @@ class DrawingGRPOTrainer(GRPOTrainer):
             )
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        begin = time.perf_counter()
         rewards = super()._calculate_rewards(*args, **kwargs)  # [B, rewards], of all processes
+        self._log_metric("reward_time", time.perf_counter() - begin)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         spread = weighted.view(-1, self.num_generations).std(dim=1)
         self._metrics["train"]["group_reward_std"].append(float(spread.mean()))
+        self._metrics["train"]["equal_groups"].append(float((spread < EQUAL).float().mean()))
         return rewards
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Leave out what nobody asked for, and add the share of the time that drawing takes."""
         metrics = self._metrics["train"]
+        if metrics.get("rollout_time") and metrics.get("step_time"):
+            metrics["rollout_share"].append(sum(metrics["rollout_time"]) / sum(metrics["step_time"]))
         for name in [n for n in metrics if n not in LOGGED and not (n.startswith("rewards/") and n.endswith("/mean"))]:
             del metrics[name]
         super().log(logs, start_time)

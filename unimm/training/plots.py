@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from PIL import Image, ImageDraw
 
 from unimm.files import atomic_write
@@ -14,9 +16,35 @@ GAP = 4
 LABEL_HEIGHT = 14
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A variant of an experiment, and the log records of its runs."""
+
+    name: str
+    runs: Sequence[Sequence[dict[str, float]]]
+
+    def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps `[S]` at which every run that has the metric logged it, and its values `[runs, S]`."""
+        logged = [{record["step"]: record[metric] for record in run if metric in record} for run in self.runs]
+        logged = [run for run in logged if run]
+        steps = sorted(set.intersection(*map(set, logged))) if logged else []
+        return np.array(steps), np.array([[run[step] for step in steps] for run in logged])
+
+
 def plot_metrics(records: Sequence[dict[str, float]], path: Path) -> None:
     """One panel per metric over steps; nothing is written for an empty run."""
-    names = sorted({name for record in records for name in record if name not in ("step", "seconds")})
+    plot_curves([Curve("run", [records])], path, leave_out=("step", "seconds"))
+
+
+def plot_curves(curves: Sequence[Curve], path: Path, *, leave_out: Sequence[str], window: int = 1) -> None:
+    """One panel per metric: the mean of every variant, and the range of its runs; nothing where nothing was logged.
+
+    Args:
+        leave_out: metrics without a panel.
+        window: log lines that every point is the mean of.
+    """
+    found = {name for curve in curves for run in curve.runs for record in run for name in record}
+    names = sorted(found.difference(leave_out))
     if not names:
         return
     matplotlib.use("Agg")
@@ -28,11 +56,20 @@ def plot_metrics(records: Sequence[dict[str, float]], path: Path) -> None:
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        axis.plot(*zip(*points, strict=True), linewidth=1)
+        for index, curve in enumerate(curves):
+            steps, values = curve.points(name)  # [S], [runs, S]
+            if not len(steps):
+                continue
+            taken = min(window, len(steps))
+            smooth = np.stack([np.convolve(run, np.full(taken, 1 / taken), "valid") for run in values])
+            shown, colour = steps[taken - 1 :], f"C{index}"
+            axis.plot(shown, smooth.mean(axis=0), linewidth=1, color=colour, label=f"{curve.name} ({len(values)})")
+            axis.fill_between(shown, smooth.min(axis=0), smooth.max(axis=0), alpha=0.2, color=colour, linewidth=0)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
+        if len(curves) > 1:
+            axis.legend(fontsize=7)
     figure.tight_layout()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=90)
