@@ -174,8 +174,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     tiny.add_argument(
         "--best-of",
         type=int,
-        help="judge the one of so many drawings that a reward likes most, which knows the facts as the judge does: what "
-        "choosing could reach at best, beside reinforcement learning (default: 1)",
+        help="judge the one of so many drawings that a reward likes most, which knows the facts as the judge does: "
+        "what choosing could reach at best, beside reinforcement learning (default: 1)",
     )
     codec = parser.add_argument_group("of codec")
     codec.add_argument("--vae", help="judge this autoencoder of diffusers, in place of --model")

@@ -53,7 +53,10 @@ class Comparison:
         lines: list[str] = []
         for way, figures in self.tables.items():
             variants = list(dict.fromkeys(variant for row in figures.values() for variant in row))
-            seeds = {variant: max(len(row[variant].values) for row in figures.values() if variant in row) for variant in variants}
+            seeds = {
+                variant: max(len(row[variant].values) for row in figures.values() if variant in row)
+                for variant in variants
+            }
             heads = [f"{variant} ({number} seeds)" if number > 1 else variant for variant, number in seeds.items()]
             lines += [f"## {way}", "", f"| group | figure | {' | '.join(heads)} |", "|---" * (2 + len(variants)) + "|"]
             for (group, name), row in figures.items():
@@ -104,7 +107,9 @@ def compare_runs(folder: Path) -> Comparison:
     )
     comparison.save(folder)
     curves = [Curve(variant, [directory.metrics() for directory in found]) for variant, found in runs.items()]
-    plot_curves([curve for curve in curves if any(curve.runs)], folder / "curves.png", leave_out=NO_CURVES, window=SMOOTHED)
+    plot_curves(
+        [curve for curve in curves if any(curve.runs)], folder / "curves.png", leave_out=NO_CURVES, window=SMOOTHED
+    )
     return comparison
 
 
