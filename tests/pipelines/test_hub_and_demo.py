@@ -43,6 +43,12 @@ def test_a_fresh_process_loads_the_repository(repository, auto, name, tmp_path):
     assert done.stdout.strip().endswith(name), done.stderr
 
 
+def test_a_repository_does_not_tell_where_it_was_made(repository, tiny_folder):
+    assert "_name_or_path" in (tiny_folder / "config.json").read_text()
+    for path in repository.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path
+
+
 @pytest.fixture(scope="module")
 def run(tiny_folder, tmp_path_factory):
     """A finished run directory, as training leaves it."""

@@ -42,9 +42,8 @@ Prompts are what it was trained on: `a red circle`, `three blue stars`, `a green
 
 Three rendered worlds: {num_shapes} shapes in {num_colours} colours (alone, counted, in relations, side by side),
 {num_emoji} emoji of Noto Color Emoji by their Unicode names, and words of one to four capital letters. It knows
-nothing else: no photographs, no general language. It reads pictures as they were rendered; of copies of them, its own
-drawings included, it misreads most. It was trained from nothing on two CPU cores with the recipes in
-`recipes/tiny/`.
+nothing else: no photographs, no general language. It reads pictures as they were rendered more surely than copies of
+them, its own drawings included. It was trained from nothing on two CPU cores with the recipes in `recipes/tiny/`.
 
 ## Measured
 

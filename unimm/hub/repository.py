@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,4 +58,20 @@ def write_repository(source: Path, target: Path, detokenizer: Path | None = None
         if detokenizer is not None:
             pipeline = CodesToImagePipeline.from_pretrained(detokenizer)
             pipeline.to(torch.bfloat16).save_pretrained(folder / DETOKENIZER_FOLDER)
+        for path in folder.rglob("*.json"):
+            _forget_paths(path)
     return target
+
+
+def _forget_paths(path: Path) -> None:
+    """Take out of a configuration where it was loaded from: a folder of the machine that wrote it."""
+    settings = json.loads(path.read_text())
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without(inner) for name, inner in value.items() if name != "_name_or_path"}
+        return value
+
+    kept = without(settings)
+    if kept != settings:
+        path.write_text(json.dumps(kept, indent=2) + "\n")
