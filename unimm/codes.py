@@ -7,7 +7,9 @@ a language model's vocabulary belongs to `unimm.sequence`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -107,6 +109,25 @@ class VisualCodes:
         batch, rows, columns, num_codebooks = ids.shape
         flat = ids.reshape(batch, rows * columns, num_codebooks)
         return cls(flat, torch.ones_like(flat[..., 0], dtype=torch.bool), [(rows, columns)] * batch)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """One picture as plain numbers: `codes` `[N][K]`, and `height` and `width` of its grid, 0 where it has none."""
+        height, width = (0, 0) if self.grid is None else self.grid[index]
+        return {"codes": self.ids[index][self.mask[index]].tolist(), "height": height, "width": width}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> VisualCodes:
+        """The picture of a record.
+
+        Raises:
+            ValueError: another number of codes than the grid has cells.
+        """
+        height, width = record["height"], record["width"]
+        ids = torch.tensor(record["codes"], dtype=torch.int64)[None]  # [1, N, K]
+        if (height or width) and ids.shape[1] != height * width:
+            raise ValueError(f"There are {ids.shape[1]} codes for {height} x {width} cells; write them again.")
+        grid = [(height, width)] if height else None
+        return cls(ids, torch.ones_like(ids[..., 0], dtype=torch.bool), grid)
 
     def to(self, device: torch.device | str) -> VisualCodes:
         moved = {name: value.to(device) for name, value in self.side_info.items()}

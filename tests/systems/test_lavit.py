@@ -10,8 +10,9 @@ from tiny_upstreams import (
     GOLDEN,
     a_picture,
     check_everyday_use,
-    check_grpo,
     check_lora,
+    check_recipes,
+    check_stored,
     golden_io,
     golden_weights,
     language_model,
@@ -81,6 +82,12 @@ def test_it_reads_draws_and_chats(converted):
     model = unimm.load(converted)
     assert model.model.generation_config.guidance_scale == 4.0
     check_everyday_use(model, size=(32, 32))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_fits_into_less_memory(converted):
+    pytest.importorskip("bitsandbytes")
+    check_stored(converted, size=(32, 32))
 
 
 def test_pictures_have_as_many_codes_as_they_need(converted):
@@ -185,7 +192,6 @@ def test_an_adapter_learns(converted):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("brightness")
-def test_reinforcement_learning_runs(converted, tmp_path):
-    check_grpo(converted, tmp_path)
+def test_recipes_run_two_steps(converted, tmp_path):
+    check_recipes(converted, tmp_path, answers_only="false")

@@ -17,8 +17,9 @@ from tiny_upstreams import (
     GOLDEN,
     a_picture,
     check_everyday_use,
-    check_grpo,
     check_lora,
+    check_recipes,
+    check_stored,
     golden_io,
     golden_weights,
     language_model,
@@ -123,6 +124,12 @@ def test_it_reads_draws_and_chats(converted):
     check_everyday_use(unimm.load(converted), size=(32, 32))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_it_fits_into_less_memory(converted):
+    pytest.importorskip("bitsandbytes")
+    check_stored(converted, size=(32, 32))
+
+
 def test_the_language_model_is_a_plain_llama(source, converted):
     model, stock = unimm.load(converted).model, AutoModelForCausalLM.from_pretrained(source)
     ids = torch.tensor([[5, 6, ROWS + CODES, *range(ROWS, ROWS + 32), ROWS + CODES + 1, 7]])
@@ -199,7 +206,6 @@ def test_an_adapter_learns(converted):
     check_lora(converted, VisualCodes(torch.arange(32).view(1, 32, 1), torch.ones(1, 32, dtype=torch.bool)))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("brightness")
-def test_reinforcement_learning_runs(converted, tmp_path):
-    check_grpo(converted, tmp_path)
+def test_recipes_run_two_steps(converted, tmp_path):
+    check_recipes(converted, tmp_path)

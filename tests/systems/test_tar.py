@@ -10,8 +10,9 @@ from tiny_upstreams import (
     GOLDEN,
     a_picture,
     check_everyday_use,
-    check_grpo,
     check_lora,
+    check_recipes,
+    check_stored,
     golden_io,
     golden_weights,
     language_model,
@@ -109,6 +110,12 @@ def test_it_reads_draws_and_chats(converted):
     check_everyday_use(unimm.load(converted), size=(32, 32))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_it_fits_into_less_memory(converted):
+    pytest.importorskip("bitsandbytes")
+    check_stored(converted, size=(32, 32))
+
+
 def test_three_lengths_have_a_token_each(converted):
     model = unimm.load(converted)
     side = model.processor.downsample
@@ -190,7 +197,6 @@ def test_an_adapter_learns(converted):
     check_lora(converted, VisualCodes.from_grid(torch.arange(9).view(1, 3, 3, 1)))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("brightness")
-def test_reinforcement_learning_runs(converted, tmp_path):
-    check_grpo(converted, tmp_path)
+def test_recipes_run_two_steps(converted, tmp_path):
+    check_recipes(converted, tmp_path)

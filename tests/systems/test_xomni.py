@@ -11,8 +11,9 @@ from tiny_upstreams import (
     GOLDEN,
     a_picture,
     check_everyday_use,
-    check_grpo,
     check_lora,
+    check_recipes,
+    check_stored,
     golden_io,
     golden_weights,
     language_model,
@@ -157,6 +158,12 @@ def test_it_reads_draws_and_chats(converted):
     check_everyday_use(unimm.load(converted), size=(48, 64), options={"size": (64, 48)})
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_it_fits_into_less_memory(converted):
+    pytest.importorskip("bitsandbytes")
+    check_stored(converted, size=(48, 64), options={"size": (64, 48)})
+
+
 def test_a_size_is_spelled_as_upstream_has_it(converted):
     model, processor = unimm.load(converted), AutoProcessor.from_pretrained(converted)
     tokenizer = processor.tokenizer
@@ -265,7 +272,6 @@ def test_an_adapter_learns(converted):
     check_lora(converted, VisualCodes.from_grid(torch.arange(6).view(1, 2, 3, 1)))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("brightness")
-def test_reinforcement_learning_runs(converted, tmp_path):
-    check_grpo(converted, tmp_path)
+def test_recipes_run_two_steps(converted, tmp_path):
+    check_recipes(converted, tmp_path)

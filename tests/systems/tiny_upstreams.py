@@ -19,14 +19,13 @@ from transformers import (
 )
 
 import unimm
-from unimm.config import from_dict
+from unimm.cli.main import main
 from unimm.pipelines import Picture
-from unimm.rewards import REWARDS, RewardMixture
 from unimm.training.adapter import AdapterConfig, lora_config, merge_adapter
-from unimm.training.grpo import DrawingGRPOTrainer, GrpoRecipe, grpo_arguments, make_prompts
-from unimm.training.run_directory import RunDirectory
+from unimm.training.recipe import train
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+RECIPES = Path(__file__).parents[2] / "recipes" / "qwen3-0.6b"
 CAPTIONS = ["a red heart above a blue star", "describe the picture", "You are a helpful assistant."] * 3
 
 
@@ -159,6 +158,24 @@ def check_everyday_use(model, *, size, options=None):
     assert model.chat(messages, seed=0).parts is not None
 
 
+def check_stored(folder, *, size, options=None):
+    """Stored in eight and in four bits, idle parts waiting on the CPU: the same codes, near logits, pictures."""
+    exact, ids = unimm.load(folder), torch.arange(5, 15)[None]
+    pixels = exact.processor.image_processor(a_picture(), return_tensors="pt")["pixel_values"]
+    for weights, tolerance in (("int8", 0.05), ("nf4", 0.8)):
+        stored = unimm.load(folder, weights=weights, offload=True)
+        kinds = {type(module).__name__ for module in stored.model.model.language_model.modules()}
+        assert kinds & {"Int8Linear", "Linear4bit"}
+        assert stored.model.codec.encode(pixels).ids.equal(exact.model.codec.encode(pixels).ids)
+        with torch.no_grad():
+            near, wanted = stored.model(ids).logits.float(), exact.model(ids).logits.float()
+        assert not near.equal(wanted)
+        assert float((near - wanted).norm() / wanted.norm()) < tolerance
+        check_everyday_use(stored, size=size, options=options)
+        denoiser = getattr(stored.detokenizer.pipeline, "transformer", None) or stored.detokenizer.pipeline.unet
+        assert {type(module).__name__ for module in denoiser.modules()} & {"Int8Linear", "Linear4bit"}
+
+
 def check_lora(folder, codes, *, answers_only=True):
     """Two steps of an adapter: the loss falls, code rows move, text rows stay bit by bit."""
     model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForMultimodalLM, AutoProcessor))
@@ -187,35 +204,43 @@ def check_lora(folder, codes, *, answers_only=True):
     assert moved[vocabulary.to_token_ids(codes.ids).flatten()].all()
 
 
-def check_grpo(folder, tmp_path):
-    """Two steps of reinforcement learning, drawings by the system's detokenizer: weights move, ratios begin at one."""
-    recipe = from_dict(
-        GrpoRecipe,
-        {
-            "task": "grpo",
-            "run": {"name": "grpo", "directory": str(tmp_path), "seed": 0},
-            "init_from": str(folder),
-            "prompts": {"categories": {"single": 1.0}},
-            "rewards": {"brightness": 1.0},
-            "rollout": {"prompts": 1, "group_size": 2, "micro_batch": 2},
-            "optimizer": {"steps": 2, "lr": 1.0e-3, "warmup": 0, "weight_decay": 0.0},
-            "objective": {"kl": 0.0},
-        },
+def check_recipes(folder, tmp_path, *, answers_only="true"):
+    """The recipes of adapters and of reinforcement learning run two steps, their sheets drawn by the system itself."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    a_picture().save(pictures / "heart.png")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "heart.png", "text": "a red heart"}')
+    assert (
+        main(["tokenize", str(pictures), "-o", str(tmp_path / "rows"), "--model", str(folder), "--text", "text"]) == 0
     )
-    model = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
-    rewards, directory = RewardMixture.choose(recipe.rewards, REWARDS), RunDirectory(recipe.run)
-    directory.start(recipe)
-    before = model.lm_head.weight.detach().clone()
-    trainer = DrawingGRPOTrainer(
-        model=model,
-        processor=AutoProcessor.from_pretrained(folder),
-        recipe=recipe,
-        arguments=grpo_arguments(recipe, directory, rewards, model.config.grammar.longest),
-        prompts=make_prompts(recipe.prompts, 2),
-        rewards=rewards,
-        callbacks=[],
-    )
-    trainer.train()
-    assert trainer.state.global_step == 2
-    assert not model.lm_head.weight.equal(before)
-    assert bool(model.lm_head.weight.isfinite().all())
+    shared = [
+        f"run.directory={tmp_path}",
+        f"init_from={folder}",
+        "optimizer={steps: 2, lr: 1.0e-2, warmup: 0}",
+        "logging={every: 1, sample_every: 2, save_every: 2}",
+        "bf16=false",
+        "sampling={temperature: 1.0, top_p: 1.0, guidance_scale: 1.0}",
+    ]
+    adapter = "adapter={rank: 2, alpha: 4.0, frozen: float32}"
+    rows = f"data.sources={{{tmp_path / 'rows'}: 1.0}}"
+    small = ["pack_length=null", "batch_size=2", "micro_batch=1", "attention=null", "gradient_checkpointing=false"]
+    tasks = ["tasks={draw: 1.0, read: 0.0, show: 0.0}", f"answers_only={answers_only}"]
+    rollout = [
+        "rollout={prompts: 1, group_size: 2, micro_batch: 2}",
+        "rewards={brightness: 1.0}",
+        "alignment_model=null",
+    ]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a heart"}\n{"prompt": "a red one"}\n')
+    asked = f"prompts.source={tmp_path / 'prompts.jsonl'}"
+    before = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, options in (("sft_lora", [adapter, rows, *small, *tasks]), ("grpo", [*rollout, asked])):
+        directory = train(RECIPES / f"{name}.yaml", [*shared, *options])
+        assert len([record for record in directory.metrics() if "loss" in record]) == 2
+        assert (directory.samples / "step-00000002.png").exists()
+        model = AutoModelForMultimodalLM.from_pretrained(directory.model, dtype=torch.float32)
+        changed = {key for key, weight in model.state_dict().items() if not weight.equal(before[key])}
+        assert changed
+        assert not any(key.startswith("model.visual.") for key in changed)
+        if name == "sft_lora":
+            text = slice(0, model.config.vocabulary.image_token_offset)
+            assert model.lm_head.weight[text].equal(before["lm_head.weight"][text])

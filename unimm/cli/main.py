@@ -20,8 +20,10 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     with_model = argparse.ArgumentParser(add_help=False, parents=[common])
     with_model.add_argument("--model", help="model folder or Hub name (default: the shipped unimm-tiny)")
-    stored = "store its weights as int8 or bfloat16: faster, approximate (default: as they are)"
-    with_model.add_argument("--weights", choices=["int8", "bfloat16"], help=stored)
+    with_model.add_argument("--device", help="where it runs; in bfloat16 but on a CPU (default: a GPU if there is one)")
+    stored = "store its weights so: int8 and bfloat16 are faster, int8 and nf4 (four bits) smaller; approximate"
+    with_model.add_argument("--weights", choices=["int8", "bfloat16", "nf4"], help=f"{stored} (default: as they are)")
+    with_model.add_argument("--offload", action="store_true", help="keep what is not at work in the CPU's memory")
     parser = argparse.ArgumentParser(prog="unimm", description="One language model that reads and draws.")
     parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in verbs.VERBS:

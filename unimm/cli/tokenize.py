@@ -7,8 +7,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
 from unimm.codes import VisualCodes
 from unimm.data.sources import Source, tokenize_source
 from unimm.files import atomic_write
@@ -19,14 +17,8 @@ from unimm.pipelines.load import SHIPPED
 def picture_to_codes(model: UniMM, source: str, target: str) -> None:
     """Write a picture's codes, its grid and the codec's fingerprint as JSON."""
     pixels = model.processor.image_processor(open_image(source), return_tensors="pt")["pixel_values"]
-    codes = model.model.codec.encode(pixels)
-    assert codes.grid is not None
-    record = {
-        "codes": codes.ids[0].tolist(),
-        "height": codes.grid[0][0],
-        "width": codes.grid[0][1],
-        "fingerprint": model.model.codec.fingerprint(),
-    }
+    codec = model.model.codec
+    record = codec.encode(pixels.to(model.device)).record(0) | {"fingerprint": codec.fingerprint()}
     with atomic_write(target) as path:
         path.write_text(json.dumps(record) + "\n")
 
@@ -39,16 +31,15 @@ def codes_to_picture(model: UniMM, source: str, target: str) -> None:
     """
     try:
         record = json.loads(Path(source).read_text())
-        ids = torch.tensor(record["codes"], dtype=torch.int64).view(1, record["height"], record["width"], -1)
-        fingerprint = record["fingerprint"]
-    except (json.JSONDecodeError, KeyError, TypeError, RuntimeError) as error:
+        codes, fingerprint = VisualCodes.from_record(record), record["fingerprint"]
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{source} is no file of codes; make one with: unimm tokenize PICTURE -o CODES.json"
         ) from error
     if fingerprint != model.model.codec.fingerprint():
         raise ValueError(f"{source} was made by codec {fingerprint}, this one is {model.model.codec.fingerprint()}.")
     with atomic_write(target) as path:
-        model.decode([VisualCodes.from_grid(ids)])[0].image.save(path)
+        model.decode([codes])[0].image.save(path)
 
 
 def source_to_rows(arguments: argparse.Namespace) -> str:

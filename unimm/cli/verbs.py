@@ -22,13 +22,21 @@ class Verb:
     needs_model: bool = True
 
 
+def _place(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The device that is asked for, or the fastest there is, and the precision to work in there."""
+    import torch
+
+    device = arguments.device or str(torch.accelerator.current_accelerator() or "cpu")
+    return {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
+
+
 def _load(arguments: argparse.Namespace) -> Any:
     from transformers.utils import logging
 
     import unimm
 
     logging.disable_progress_bar()
-    return unimm.load(arguments.model, weights=arguments.weights)
+    return unimm.load(arguments.model, weights=arguments.weights, offload=arguments.offload, **_place(arguments))
 
 
 def _draw_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +46,9 @@ def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="repeats a drawing")
     parser.add_argument("--guidance", type=float, help="strength of guidance, 1 is none (default: the model's own)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the model's own)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: the model's own, or choice)"
+    )
     parser.add_argument(
         "--diffusion-steps",
         type=int,
@@ -62,6 +73,7 @@ def _draw(arguments: argparse.Namespace) -> None:
         guidance=arguments.guidance,
         temperature=arguments.temperature,
         diffusion_steps=arguments.diffusion_steps,
+        size=None if arguments.size is None else tuple(arguments.size),
     )
     pictures = [image for reply in replies for image in reply.images]
     sheet = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
@@ -237,7 +249,6 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, default=1, help="of Jacobi iteration to draw with besides (default: none)"
     )
     parser.add_argument("--threads", type=int, help="threads of a CPU; 1 is timed in processor seconds")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--folder", help="where speed.md, speed.json and speed.png go")
 
 
@@ -257,13 +268,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    place = _place(arguments)
     if arguments.config:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model = random_model(arguments.config, codes=arguments.codes, dtype=dtype).to(device)
+        model = random_model(arguments.config, codes=arguments.codes, dtype=place["dtype"]).to(place["device"])
     else:
-        model = _load(arguments).model.to(device)
-    machine = Machine.measure(device)
+        model = _load(arguments).model
+    machine = Machine.measure(model.device)
     bench = Bench(
         model,
         machine,
@@ -280,7 +290,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     report = SpeedReport(
         command=" ".join(["unimm bench", *options, "--tasks", *arguments.tasks]),
         model=arguments.config or arguments.model or "unimm-tiny",
-        clock="processor time" if torch.get_num_threads() == 1 and device.type == "cpu" else "wall time",
+        clock="processor time" if torch.get_num_threads() == 1 and model.device.type == "cpu" else "wall time",
         threads=torch.get_num_threads(),
         gigabytes_per_second=machine.bandwidth / 1e9,
         gigaflops=machine.flops / 1e9,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 from PIL import Image
 from pyarrow.parquet import read_metadata, write_table
@@ -140,12 +139,10 @@ def row_pictures(row: Mapping[str, Any], *, copied: bool = False) -> list[Visual
     Raises:
         ValueError: another number of codes than its height and width have cells.
     """
-    ids = torch.tensor((copied and row.get("copy_codes")) or row["codes"], dtype=torch.int64)  # [N, K]
-    if len(ids) != row["height"] * row["width"]:
-        raise ValueError(
-            f"A row has {len(ids)} codes for {row['height']} x {row['width']} cells; write its shard again."
-        )
-    return [VisualCodes.from_grid(ids.view(1, row["height"], row["width"], -1))] if len(ids) else []
+    if not row["codes"]:
+        return []
+    shown = (copied and row.get("copy_codes")) or row["codes"]
+    return [VisualCodes.from_record({"codes": shown, "height": row["height"], "width": row["width"]})]
 
 
 def sent_around(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -202,26 +199,24 @@ def _check_whole(folder: Path) -> None:
 def _copy_codes(
     codec: VisualCodecModel, codes: VisualCodes, rngs: Sequence[np.random.Generator]
 ) -> list[list[list[int]]]:
-    """Codes `[B, N, K]` of the pictures that the codec makes of codes; empty where it makes none."""
+    """Codes `[B][N][K]` of the pictures that the codec makes of codes; empty where it makes none."""
     if not codec.decoder_options.makes_pixels:
         return [[] for _ in rngs]
     pictures = to_pictures(codec.pictures(codes))
     copies = [np.asarray(sent_around(picture, rng)) for picture, rng in zip(pictures, rngs, strict=True)]
-    return codec.encode(to_pixel_values(np.stack(copies)).to(codec.device)).ids.tolist()
+    again = codec.encode(to_pixel_values(np.stack(copies)).to(codec.device))
+    return [again.record(index)["codes"] for index in range(len(again))]
 
 
 def _encode(codec: VisualCodecModel, mixture: Mixture, indices: Sequence[int], fingerprint: str) -> list[dict]:
     examples = [mixture.example(index) for index in indices]
     pixels = to_pixel_values(np.stack([np.asarray(example.image) for _, example in examples]))
     codes = codec.encode(pixels.to(codec.device))
-    assert codes.grid is not None
     copies = _copy_codes(codec, codes, [np.random.default_rng([mixture.seed, 1, index]) for index in indices])
     return [
         {
-            "codes": codes.ids[position].tolist(),
+            **codes.record(position),
             "copy_codes": copies[position],
-            "height": codes.grid[position][0],
-            "width": codes.grid[position][1],
             "description": example.description,
             "captions": list(example.captions),
             "questions": [list(pair) for pair in example.questions],

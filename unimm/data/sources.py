@@ -222,10 +222,8 @@ def _make_rows(job: _Job, examples: Iterator[Mapping[str, Any]]) -> tuple[list[d
                 by_size.setdefault(pixels.shape, []).append((made[-1], pixels))
         for pairs in by_size.values():
             codes = codec.encode(torch.stack([pixels for _, pixels in pairs]).to(codec.device))
-            if codes.grid is None:
-                raise ValueError("This codec makes no grid of codes, and rows hold grids; choose another codec.")
-            for (row, _), ids, (height, width) in zip(pairs, codes.ids.tolist(), codes.grid, strict=True):
-                row |= {"codes": ids, "height": height, "width": width}
+            for index, (row, _) in enumerate(pairs):
+                row |= codes.record(index)
         rows += made
     return rows, ShardReport(seen, dict(skipped))
 

@@ -27,7 +27,9 @@ from unimm.codes import VisualCodes
 from unimm.config import from_dict
 from unimm.detokenizer.flux import FeaturesToFluxPipeline
 from unimm.detokenizer.pipeline import CodesToImagePipeline
+from unimm.nn.stored import SMALL, store_linears
 
+STORED = ("transformer", "unet", "text_encoder", "text_encoder_2")
 SETTINGS, UNCONDITIONAL = "drawing.json", "unconditional.safetensors"
 
 
@@ -181,8 +183,12 @@ DRAWERS: dict[str, type[Drawer]] = {
 }
 
 
-def load_drawer(folder: Path, *, dtype: torch.dtype) -> Drawer:
+def load_drawer(folder: Path, *, dtype: torch.dtype, weights: str | None = None) -> Drawer:
     """The detokenizer in `folder`.
+
+    Args:
+        dtype: of its weights.
+        weights: `int8` or `nf4` stores the linear layers of denoiser and text encoders so, and the rest in bfloat16.
 
     Raises:
         ValueError: its pipeline is one that no drawer knows.
@@ -193,6 +199,11 @@ def load_drawer(folder: Path, *, dtype: torch.dtype) -> Drawer:
         raise ValueError(f"{folder} holds a {name}; drawers exist for {', '.join(DRAWERS)}.")
     drawer = DRAWERS[name]
     absent = {part: None for part, place in index.items() if place == [None, None]}  # those of prompts, mostly
-    pipeline = drawer.pipeline_class.from_pretrained(folder, torch_dtype=dtype, **absent)
+    stored = [part for part in STORED if index.get(part, [None])[0]]
+    small = weights if weights in SMALL else None
+    pipeline = drawer.pipeline_class.from_pretrained(folder, torch_dtype=torch.bfloat16 if small else dtype, **absent)
+    if small:
+        for part in stored:
+            store_linears(getattr(pipeline, part), small)
     pipeline.set_progress_bar_config(disable=True)
     return drawer(pipeline, folder)

@@ -8,9 +8,10 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
+from unimm.nn.stored import check_format
 from unimm.pipelines.unimm import DETOKENIZER_FOLDER, UniMM
 from unimm.sequence import UniMMProcessor
-from unimm.unified import UniMMForConditionalGeneration, compress
+from unimm.unified import UniMMForConditionalGeneration, compress, four_bits
 
 SHIPPED = Path(__file__).resolve().parents[2] / "model_cards" / "unimm-tiny"
 
@@ -21,6 +22,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     weights: str | None = None,
+    offload: bool = False,
 ) -> UniMM:
     """A model with its processor.
 
@@ -28,18 +30,26 @@ def load(
         path: folder or Hub name; None takes the model that ships with the repository.
         device: where it runs.
         dtype: of the language model; the codec stays in float32.
-        weights: `int8` or `bfloat16` stores those of the linear layers for drawing and reading fast, not for training;
-            approximate. None leaves them.
+        weights: how those of linear layers are stored, for drawing and reading and not for training; approximate.
+            `int8` and `bfloat16` make it fast, `int8` and `nf4` (four bits, by bitsandbytes) small, a detokenizer of
+            diffusers included. None leaves them. Codes of pictures stay the same.
+        offload: what is not at work waits in the CPU's memory: the language model while a detokenizer draws, and every
+            part of the detokenizer until it is needed.
 
     Raises:
-        ValueError: an unknown format, no such folder, or a checkpoint with missing or extra weights.
+        ValueError: an unknown format, or one whose library is not installed, no such folder, or a checkpoint with
+            missing or extra weights.
     """
     if path is None and not SHIPPED.is_dir():
         raise ValueError("The shipped model lies in the repository only; name a folder or a Hub model to load.")
+    check_format(weights)
     name = str(path or SHIPPED)
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
         raise ValueError(f"There is no model folder {name}; name a folder that holds config.json, or a Hub model.")
-    model, report = UniMMForConditionalGeneration.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    quantized = {"quantization_config": four_bits(), "device_map": device} if weights == "nf4" else {}
+    model, report = UniMMForConditionalGeneration.from_pretrained(
+        name, dtype=dtype, output_loading_info=True, **quantized
+    )
     problems = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     found = [f"{kind.replace('_', ' ')}: {', '.join(map(str, keys[:3]))}" for kind, keys in problems.items() if keys]
     if found:
@@ -48,6 +58,6 @@ def load(
     local = Path(name).is_dir()
     folder = Path(name if local else snapshot_download(name, allow_patterns=f"{DETOKENIZER_FOLDER}/*"))
     model = model.to(device).eval()
-    if weights is not None:
+    if weights in ("bfloat16", "int8"):
         compress(model, weights)
-    return UniMM(model, UniMMProcessor.from_pretrained(name), folder)
+    return UniMM(model, UniMMProcessor.from_pretrained(name), folder, weights=weights, offload=offload)

@@ -68,14 +68,38 @@ class UniMM:
         model: with its codec.
         processor: of the model.
         folder: that the model was loaded from; its detokenizer, if there is one, lies in `detokenizer/`.
+        weights, offload: of the detokenizer too; see `unimm.load`.
     """
 
     def __init__(
-        self, model: UniMMForConditionalGeneration, processor: UniMMProcessor, folder: Path | None = None
+        self,
+        model: UniMMForConditionalGeneration,
+        processor: UniMMProcessor,
+        folder: Path | None = None,
+        *,
+        weights: str | None = None,
+        offload: bool = False,
     ) -> None:
         self.model = model
         self.processor = processor
         self.folder = folder
+        self.weights = weights
+        self.offload = offload
+        self._home = model.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model works; parts of it may wait elsewhere."""
+        return self._home if self.offload else self.model.device
+
+    @property
+    def makes_pixels(self) -> bool:
+        """Whether there is a way from codes to pixels: the codec's, or a detokenizer."""
+        return self.codec_draws or self._has_detokenizer
+
+    @property
+    def _has_detokenizer(self) -> bool:
+        return self.folder is not None and (self.folder / DETOKENIZER_FOLDER / "model_index.json").is_file()
 
     @cached_property
     def detokenizer(self) -> Drawer:
@@ -84,17 +108,26 @@ class UniMM:
         Raises:
             ValueError: the model has none.
         """
-        if self.folder is None or not (self.folder / DETOKENIZER_FOLDER / "model_index.json").is_file():
-            way_out = "draw with diffusion_steps=0, by its codec." if self._codec_draws else "convert it with one."
+        if self.folder is None or not self._has_detokenizer:
+            way_out = "draw with diffusion_steps=0, by its codec." if self.codec_draws else "convert it with one."
             raise ValueError(f"This model has no diffusion detokenizer; {way_out}")
         from unimm.detokenizer import load_drawer
 
-        drawer = load_drawer(self.folder / DETOKENIZER_FOLDER, dtype=self.model.dtype)
-        drawer.pipeline.to(self.model.device)
+        drawer = load_drawer(self.folder / DETOKENIZER_FOLDER, dtype=self.model.dtype, weights=self.weights)
+        if self.offload:
+            drawer.pipeline.enable_model_cpu_offload(device=self.device)
+        else:
+            drawer.pipeline.to(self.device)
         return drawer
 
+    def _place_language_model(self, device: torch.device) -> None:
+        """Bring the language model to where it works, or to where it waits."""
+        if self.offload:
+            self.model.model.language_model.to(device)
+            self.model.lm_head.to(device)
+
     @property
-    def _codec_draws(self) -> bool:
+    def codec_draws(self) -> bool:
         """Whether the codec decodes to pixels."""
         return self.model.codec.decoder_options.makes_pixels
 
@@ -214,8 +247,9 @@ class UniMM:
         sampling["do_sample"] = True
         if temperature == 0:
             sampling = GREEDY
+        self._place_language_model(self.device)
         output = self.model.generate(
-            **inputs.to(self.model.device),
+            **inputs.to(self.device),
             generation_mode=mode,
             guidance_scale=guidance,
             stock=stock,
@@ -286,8 +320,9 @@ class UniMM:
         """
         pictures = []
         for index, single in enumerate(codes):
-            placed = single.to(self.model.device)
-            if diffusion_steps or not self._codec_draws:
+            placed = single.to(self.device)
+            if diffusion_steps or not self.codec_draws:
+                self._place_language_model(torch.device("cpu"))
                 generator = None if seed is None else torch.Generator().manual_seed(seed + index)
                 image = self.detokenizer.draw(
                     placed,

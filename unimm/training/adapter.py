@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,10 +18,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from unimm.unified import UniMMForConditionalGeneration
+from unimm.unified import UniMMForConditionalGeneration, four_bits
+from unimm.unified.compression import NOT_QUANTIZED
 
 FROZEN = ("float32", "bfloat16", "int8", "nf4")
-NOT_QUANTIZED = ["lm_head", "model.visual"]
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,8 @@ def load_model(path: str, adapter: AdapterConfig | None) -> UniMMForConditionalG
     if adapter is None or not adapter.quantized:
         dtype = torch.float32 if adapter is None else adapter.dtype
         return UniMMForConditionalGeneration.from_pretrained(path, dtype=dtype)
-    four_bits: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    quantization = BitsAndBytesConfig(
-        load_in_8bit=adapter.frozen == "int8",
-        load_in_4bit=adapter.frozen == "nf4",
-        llm_int8_skip_modules=NOT_QUANTIZED,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        **(four_bits if adapter.frozen == "nf4" else {}),
-    )
+    eight_bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
+    quantization = eight_bits if adapter.frozen == "int8" else four_bits()
     return UniMMForConditionalGeneration.from_pretrained(path, dtype=adapter.dtype, quantization_config=quantization)
 
 

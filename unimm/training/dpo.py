@@ -183,10 +183,11 @@ def train_dpo(recipe: DpoRecipe) -> RunDirectory:
     model = load_model(recipe.init_from, recipe.adapter)
     processor = UniMMProcessor.from_pretrained(recipe.init_from)
     rewards = choose_rewards(recipe.rewards, recipe.alignment_model)
+    front = UniMM(model, processor, Path(recipe.init_from))
     path = directory.root / "pairs.parquet"
     with PartialState(cpu=ON_CPU).local_main_process_first():
         if not path.exists():
-            pairs = make_pairs(model.to(PartialState(cpu=ON_CPU).device), processor, recipe, rewards)
+            pairs = make_pairs(model.to(PartialState(cpu=ON_CPU).device), front, recipe, rewards)
             with atomic_write(path) as temporary:
                 Dataset.from_list(pairs).to_parquet(str(temporary))
     trainer = DrawingDPOTrainer(
@@ -202,14 +203,14 @@ def train_dpo(recipe: DpoRecipe) -> RunDirectory:
             max_length=None,
         ),
         pairs=read_pairs(path),
-        callbacks=[RunCallback(directory, processor, recipe.logging.sample_every)],
+        callbacks=[RunCallback(directory, front, recipe.logging.sample_every)],
     )
     run_to_end(trainer, directory, processor, recipe.adapter)
     return directory
 
 
 def make_pairs(
-    model: UniMMForConditionalGeneration, processor: UniMMProcessor, recipe: DpoRecipe, rewards: RewardMixture
+    model: UniMMForConditionalGeneration, front: UniMM, recipe: DpoRecipe, rewards: RewardMixture
 ) -> list[dict[str, list[int]]]:
     """The best and the worst drawing of every group, as ids.
 
@@ -217,7 +218,6 @@ def make_pairs(
         ValueError: no group with a difference.
     """
     config, pairs = recipe.pairs, []
-    front = UniMM(model, processor, Path(recipe.init_from))
     prompts = make_prompts(recipe.prompts, config.prompts).to_list()
     set_seed(recipe.run.seed)
     for start in tqdm(range(0, len(prompts), config.prompts_at_once), desc="drawing pairs", unit="batch"):

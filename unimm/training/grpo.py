@@ -352,8 +352,9 @@ def train_grpo(recipe: GrpoRecipe) -> RunDirectory:
         arguments=arguments,
         prompts=make_prompts(recipe.prompts, rounds * recipe.rollout.prompts * arguments.world_size),
         rewards=rewards,
-        callbacks=[RunCallback(directory, processor, recipe.logging.sample_every), guard],
+        callbacks=[guard],
     )
+    trainer.add_callback(RunCallback(directory, trainer.front, recipe.logging.sample_every))
     run_to_end(trainer, directory, processor, recipe.adapter)
     if guard.tripped and trainer.is_world_process_zero():
         plot_metrics(directory.metrics(), directory.plots / "metrics.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +15,9 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from unimm.data.conversations import TaskRates
-from unimm.data.pictures import to_pictures
 from unimm.files import atomic_directory
-from unimm.sequence import UniMMProcessor
+from unimm.pipelines import UniMM
+from unimm.sequence import ImagePart, UniMMProcessor
 from unimm.training.adapter import AdapterConfig, begin_adapter, load_model, merge_adapter
 from unimm.training.begin import BackboneConfig, SamplingConfig, TextModelConfig, begin_model, generation_config
 from unimm.training.language_data import ConversationDataset, PackInOneRow, PadRight, RowsConfig, open_mixture
@@ -26,7 +27,10 @@ from unimm.training.plots import contact_sheet, plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
 
+logger = logging.getLogger(__name__)
+
 SAMPLES_EACH = 4
+SAMPLE_STEPS = 8  # of a diffusion detokenizer, where the codec makes no pixels
 SAMPLE_PROMPTS = (
     "a red circle",
     "three blue stars",
@@ -131,10 +135,12 @@ class LanguageTrainer(Trainer):
 
 
 class RunCallback(TrainerCallback):
-    """Writes metrics, plots and sample sheets into the run directory."""
+    """Writes metrics, plots and, where the system makes pixels, sample sheets into the run directory."""
 
-    def __init__(self, directory: RunDirectory, processor: UniMMProcessor, sample_every: int) -> None:
-        self.directory, self.processor, self.sample_every = directory, processor, sample_every
+    def __init__(self, directory: RunDirectory, front: UniMM, sample_every: int) -> None:
+        self.directory, self.front, self.sample_every = directory, front, sample_every
+        if not front.makes_pixels:
+            logger.warning("This model has no way from codes to pixels, so there are no sample sheets.")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
@@ -147,9 +153,9 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step == state.max_steps
-        if state.global_step % self.sample_every and not last:
+        if (state.global_step % self.sample_every and not last) or not self.front.makes_pixels:
             return
-        sheet = draw_samples(kwargs["model"], self.processor)  # by all processes: weights may be spread over them
+        sheet = draw_samples(kwargs["model"], self.front)  # by all processes: weights may be spread over them
         if state.is_world_process_zero:
             labels = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_EACH)]
             path = self.directory.samples / f"step-{state.global_step:08d}.png"
@@ -158,14 +164,19 @@ class RunCallback(TrainerCallback):
 
 
 @torch.no_grad()
-def draw_samples(model: UniMMForConditionalGeneration, processor: UniMMProcessor) -> list[Image.Image]:
-    """Drawings of the fixed prompts, four each."""
+def draw_samples(model: UniMMForConditionalGeneration, front: UniMM) -> list[Image.Image]:
+    """Drawings of the fixed prompts, four each.
+
+    Args:
+        model: that is trained, wrapped as it may be.
+        front: of the same weights, with their detokenizer where the codec makes no pixels.
+    """
     training, state = model.training, torch.get_rng_state()
     model.eval()
     torch.manual_seed(0)
-    messages = [[{"role": "user", "content": prompt}] for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_EACH)]
-    inputs = processor.apply_chat_template(
-        messages,
+    prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_EACH)]
+    inputs = front.processor.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -173,10 +184,12 @@ def draw_samples(model: UniMMForConditionalGeneration, processor: UniMMProcessor
         processor_kwargs={"padding": True},
     ).to(model.device)
     output = model.generate(**inputs, generation_mode="image")
-    pixels = torch.cat([model.decode_image_tokens(row) for row in output])
+    parts = [part for row in output.tolist() for part in front.processor.parse(row)]
+    drawn = [part.codes for part in parts if isinstance(part, ImagePart)]
+    pictures = front.decode(drawn, diffusion_steps=0 if front.codec_draws else SAMPLE_STEPS, seed=0, prompts=prompts)
     torch.set_rng_state(state)
     model.train(training)
-    return to_pictures(pixels)
+    return [picture.image for picture in pictures]
 
 
 def train_language(recipe: LanguageRecipe) -> RunDirectory:
@@ -208,11 +221,16 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
         args=training_arguments(recipe, directory),
         train_dataset=dataset,
         data_collator=PackInOneRow() if recipe.pack_length else PadRight(processor.vocabulary.pad_token_id),
-        callbacks=[RunCallback(directory, processor, recipe.logging.sample_every)],
+        callbacks=[RunCallback(directory, UniMM(model, processor, _folder(recipe)), recipe.logging.sample_every)],
         optimizer_config=recipe.optimizer,
     )
     run_to_end(trainer, directory, processor, recipe.adapter)
     return directory
+
+
+def _folder(recipe: LanguageRecipe) -> Path | None:
+    """Where a detokenizer of the model may lie."""
+    return None if recipe.init_from is None else Path(recipe.init_from)
 
 
 def begin_or_load(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:

@@ -4,7 +4,7 @@ In: `input_ids`, or pixels behind placeholders. Out: logits, losses, generated i
 datasets.
 """
 
-from unimm.unified.compression import compress
+from unimm.unified.compression import compress, four_bits
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.losses import FactoredLoss, factored_cross_entropy
 from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel, UniMMOutput, config_for
@@ -19,5 +19,6 @@ __all__ = [
     "compress",
     "config_for",
     "factored_cross_entropy",
+    "four_bits",
     "register_auto_classes",
 ]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from unimm.unified.compression import Int8Linear
+from unimm.nn.stored import Int8Linear
 
 if TYPE_CHECKING:
     from unimm.unified.modeling import UniMMForConditionalGeneration
