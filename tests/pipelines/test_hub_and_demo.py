@@ -9,18 +9,12 @@ import sys
 import pytest
 import yaml
 from PIL import Image
+from remote_code import check_loads_without_unimm
 
 from unimm.demo import tour
 from unimm.demo.tour import PROMPTS
 from unimm.evaluation import Figure, Report
 from unimm.hub import write_repository, write_run_repository
-
-LOADS = """
-import sys
-from transformers import {auto}
-loaded = {auto}.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(type(loaded).__name__)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +22,8 @@ def repository(tiny_folder, tmp_path_factory):
     return write_repository(tiny_folder, tmp_path_factory.mktemp("hub") / "repository")
 
 
-@pytest.mark.parametrize(
-    ("auto", "name"),
-    [
-        ("AutoConfig", "UniMMConfig"),
-        ("AutoModelForMultimodalLM", "UniMMForConditionalGeneration"),
-        ("AutoProcessor", "UniMMProcessor"),
-    ],
-)
-def test_a_fresh_process_loads_the_repository(repository, auto, name, tmp_path):
-    command = [sys.executable, "-c", LOADS.format(auto=auto), str(repository)]
-    environment = {"HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.strip().endswith(name), done.stderr
+def test_a_fresh_process_loads_the_repository(repository, tmp_path):
+    check_loads_without_unimm(repository, tmp_path)
 
 
 def test_a_repository_does_not_tell_where_it_was_made(repository, tiny_folder):

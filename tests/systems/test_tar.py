@@ -181,7 +181,9 @@ def test_it_goes_back_bit_by_bit(source, converted, tmp_path):
         assert given.keys() == found.keys()
         assert all(found[key].equal(tensor) for key, tensor in given.items())
     dropped = json.loads((converted / "conversion.json").read_text())["dropped"]
-    given, found = (torch.load(f / "ta_tok.pth", weights_only=True)["model"]["sd"] for f in (source, back))
+    files = [torch.load(f / "ta_tok.pth", weights_only=True)["model"] for f in (source, back)]
+    assert files[0]["args"] == files[1]["args"]
+    given, found = (file["sd"] for file in files)
     assert given.keys() - found.keys() == set(dropped)
     assert all(found[key].equal(given[key]) for key in found)
 

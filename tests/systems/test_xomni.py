@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from remote_code import check_loads_without_unimm
 from safetensors.torch import load_file, save_file
 from tiny_upstreams import (
     GOLDEN,
@@ -266,6 +267,10 @@ def test_without_flux_it_converts_and_says_what_it_lacks(source, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         convert("xomni", source, tmp_path / "other", detokenizer=source)
     assert not (tmp_path / "other").exists()
+
+
+def test_it_loads_without_unimm(converted, tmp_path):
+    check_loads_without_unimm(converted, tmp_path)
 
 
 def test_an_adapter_learns(converted):

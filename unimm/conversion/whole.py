@@ -19,6 +19,7 @@ from unimm.conversion.upstream import CODEC, Plan, Rename, UpstreamConfig, Weigh
 from unimm.detokenizer.drawers import SETTINGS
 from unimm.sequence import UniMMProcessor
 from unimm.unified import UniMMConfig, UniMMForConditionalGeneration
+from unimm.unified.shims import write_shims
 
 DETOKENIZER = "detokenizer"
 WORDS = 512  # tokens of text in an answer, besides one picture
@@ -142,6 +143,7 @@ def _write_front(config: UniMMConfig, front: Front, folder: Path) -> None:
     GenerationConfig(
         **sampling | front.sampling, pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id
     ).save_pretrained(folder)
+    write_shims(folder)
     if front.detokenizer is not None:
         shutil.rmtree(folder / DETOKENIZER, ignore_errors=True)
         front.detokenizer(folder / DETOKENIZER)

@@ -13,21 +13,7 @@ from unimm.files import atomic_directory
 from unimm.pipelines.unimm import DETOKENIZER_FOLDER
 from unimm.sequence import UniMMProcessor
 from unimm.unified import UniMMForConditionalGeneration
-
-# One auto class per entry; `register_for_auto_class` would keep a single one.
-AUTO_MAP = {
-    "AutoConfig": "configuration_unimm.UniMMConfig",
-    "AutoModel": "modeling_unimm.UniMMModel",
-    "AutoModelForCausalLM": "modeling_unimm.UniMMForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_unimm.UniMMForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_unimm.UniMMForConditionalGeneration",
-}
-PROCESSOR_MAP = {"AutoProcessor": "processing_unimm.UniMMProcessor"}
-SHIMS = {
-    "configuration_unimm.py": "from unimm.unified.configuration import UniMMConfig  # noqa: F401\n",
-    "modeling_unimm.py": "from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel  # noqa: F401\n",
-    "processing_unimm.py": "from unimm.sequence.processing import UniMMProcessor  # noqa: F401\n",
-}
+from unimm.unified.shims import write_shims
 
 
 def write_repository(source: Path, target: Path, detokenizer: Path | None = None) -> Path:
@@ -46,15 +32,10 @@ def write_repository(source: Path, target: Path, detokenizer: Path | None = None
     if detokenizer is not None and not (detokenizer / "model_index.json").is_file():
         raise ValueError(f"{detokenizer} holds no saved pipeline; train one first (make tiny).")
     model = UniMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
-    model.config.auto_map = AUTO_MAP
     with atomic_directory(target) as folder:
         model.save_pretrained(folder)
         UniMMProcessor.from_pretrained(source).save_pretrained(folder)
-        processor_file = folder / "processor_config.json"
-        settings = json.loads(processor_file.read_text()) | {"auto_map": PROCESSOR_MAP}
-        processor_file.write_text(json.dumps(settings, indent=2) + "\n")
-        for name, text in SHIMS.items():
-            (folder / name).write_text(text)
+        write_shims(folder)
         if detokenizer is not None:
             pipeline = CodesToImagePipeline.from_pretrained(detokenizer)
             pipeline.to(torch.bfloat16).save_pretrained(folder / DETOKENIZER_FOLDER)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unimm.conversion.maps import tar
 from unimm.conversion.text import PLACEHOLDER, first_code, template, token_id, upstream_tokenizer
 from unimm.conversion.upstream import Plan, Upstream, UpstreamConfig, WeightFile, read_config
 from unimm.conversion.weights import unpickled
 from unimm.conversion.whole import Front, padded_rows, plain_renames, stock_detokenizer, text_fields, whole_plan
+from unimm.files import atomic_write
 from unimm.unified import UniMMConfig
 
 CODE_NAME, SIZE_NAME = "<I{}>", "<S{}>"
@@ -26,6 +29,15 @@ def read(source: Path) -> dict[str, Any]:
     if "visual_tokenizer" not in fields and (source / CODEC_FILE).is_file():
         fields["visual_tokenizer"] = {"args": dict(unpickled(source / CODEC_FILE)["model"]["args"])}
     return fields
+
+
+def restore_sizes(fields: dict[str, Any], _source: Path, folder: Path) -> None:
+    """Put the tokenizer's sizes back into its file, beside the weights."""
+    file = folder / CODEC_FILE
+    whole = torch.load(file, weights_only=True)
+    whole["model"]["args"] = fields["visual_tokenizer"]["args"]
+    with atomic_write(file) as temporary:
+        torch.save(whole, temporary)
 
 
 def plan(upstream: UpstreamConfig) -> Plan:
@@ -99,4 +111,5 @@ SYSTEM = Upstream(
     plan=plan,
     restricted=True,
     read=read,
+    restore_rest=restore_sizes,
 )
