@@ -1,7 +1,9 @@
 """What defines a published codec, checked on our own classes: oracles of other libraries, gradients, memory."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,13 @@ from transformers import AutoModel, GlmImageVisionConfig, GlmImageVQVAE, GlmImag
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
 
 from unimm import VisualCodecConfig, VisualCodecModel
+from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
 from unimm.codec.quantizers.vector import best_rows, nearest_rows
 from unimm.conversion import convert
+from unimm.conversion.convert import rename
+from unimm.conversion.maps.seed import qformer_renames
+from unimm.conversion.upstream import Plan, WeightFile, under
+from unimm.conversion.weights import stored_tensors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 GIBIBYTE = 2**30
@@ -44,6 +51,64 @@ def test_transformers_own_glm_image_gives_x_omnis_codes_from_the_same_weights(tm
         features = tower(patches, torch.tensor([[1, rows, columns]])).last_hidden_state
         expected = quantizer.encode(features.T.unflatten(1, (rows, columns))[None]).image_tokens
         assert codec.encode(pixels).ids.flatten().equal(expected)
+
+
+def slot_qformer(queries, *, causal, slot_iterations):
+    """The layers of Slot-MLLM's fixture over its `[1, N, D]` queries, without the map to positions, which it lacks."""
+    source = GOLDEN / "slot_qformer"
+    sizes = json.loads((source / "config.json").read_text())["args"]["bert_config"]
+    config = QFormerResamplerConfig(
+        tokens=queries.shape[1],
+        width=sizes["hidden_size"],
+        depth=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        mlp_width=sizes["intermediate_size"],
+        cross_every=sizes["cross_attention_freq"],
+        causal=causal,
+        slot_iterations=slot_iterations,
+    )
+    resampler = QFormerResampler(config, encoder_width=sizes["encoder_width"], decoder_width=config.dim)
+    resampler.to_positions = torch.nn.Identity()
+    rules = (*under("embeddings", "", {"LayerNorm": "norm"}), *qformer_renames("encoder", ""))
+    rules = tuple(replace(rule, target=rule.target.removeprefix(".")) for rule in rules)
+    pieces, _ = rename(Plan(VisualCodecConfig(), rules), stored_tensors(source, (WeightFile(),)))
+    state = {name: torch.cat([piece.read() for piece in parts]) for name, parts in pieces.items()}
+    slots = {name for name in state if ".cross.update." in name or ".cross.norm." in name or ".cross.mlp" in name}
+    kept = state if slot_iterations else {name: state[name] for name in state.keys() - slots}
+    resampler.load_state_dict(kept | {"queries": queries[0]})
+    return resampler
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("output", "queries", "options"),
+    [
+        ("slots", "query_tokens", {"causal": True, "slot_iterations": 3}),
+        ("slots_short_causal", "query_tokens_short", {"causal": True, "slot_iterations": 3}),
+        ("slots_short_bidirectional", "query_tokens_short", {"causal": False, "slot_iterations": 3}),
+        ("plain_cross_attention", "query_tokens", {"causal": True, "slot_iterations": 0}),
+    ],
+)
+def test_competing_queries_equal_slot_mllms(output, queries, options):
+    expected = load_file(GOLDEN / "slot_qformer" / "io.safetensors")
+    features = expected["encoder_hidden_states"].transpose(1, 2)[..., None]  # [B, C, cells, 1]
+    hidden = slot_qformer(expected[queries], **options).sample(features)
+    torch.testing.assert_close(hidden, expected[output], atol=1e-4, rtol=0)
+
+
+def test_a_competing_query_moves_those_before_it():
+    torch.manual_seed(0)
+    config = QFormerResamplerConfig(tokens=6, dim=4, width=16, depth=1, num_heads=2, mlp_width=8, slot_iterations=2)
+    resampler = QFormerResampler(config, encoder_width=8, decoder_width=4)
+    features = torch.randn(2, 8, 3, 3)
+    before = resampler.sample(features)
+    before.square().sum().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in resampler.parameters())
+    with torch.no_grad():
+        resampler.queries[5] = 1.0
+    assert not torch.allclose(resampler.sample(features)[:, :5], before[:, :5])
+    with pytest.raises(ValueError, match="slot_iterations is -1"):
+        QFormerResamplerConfig(slot_iterations=-1)
 
 
 def factorised(**decoder):

@@ -39,7 +39,10 @@ WITHOUT_EFFECT = (
 
 
 def qformer_renames(source: str, target: str) -> tuple[Rename, ...]:
-    """The layers of a BLIP-2 Q-Former, whose query, key and value are one map in self-attention here."""
+    """The layers of a BLIP-2 Q-Former, whose query, key and value are one map in self-attention here.
+
+    Where queries compete for cells (Slot-MLLM), its cross-attention has parts of its own.
+    """
     theirs, ours = source + r"\.layer\.(?P<index>\d+)", target + r".layers.\g<index>"
     fused = (
         Rename(rf"{theirs}\.attention\.self\.{name}\.{LEAVES}", rf"{ours}.attention.qkv.\g<leaf>", part=part)
@@ -51,13 +54,18 @@ def qformer_renames(source: str, target: str) -> tuple[Rename, ...]:
         "crossattention.self.query": "cross.query",
         "crossattention.self.key": "cross.key",
         "crossattention.self.value": "cross.value",
+        "crossattention.self.norm_slots": "cross.norm",
+        "crossattention.self.norm_mlp": "cross.mlp_norm",
+        "crossattention.self.mlp.0": "cross.mlp.0",
+        "crossattention.self.mlp.2": "cross.mlp.2",
         "crossattention.output.dense": "cross.out",
         "crossattention.output.LayerNorm": "cross_norm",
         "intermediate_query.dense": "mlp.up",
         "output_query.dense": "mlp.down",
         "output_query.LayerNorm": "mlp_norm",
     }
-    return (*fused, *under(theirs, ours, names))
+    unit = Rename(rf"{theirs}\.crossattention\.self\.gru\.(?P<part>\w+)", rf"{ours}.cross.update.\g<part>")
+    return (*fused, unit, *under(theirs, ours, names))
 
 
 def plan(upstream: UpstreamConfig) -> Plan:
