@@ -10,6 +10,8 @@ from unimm.unified.losses import FactoredLoss, factored_cross_entropy
 from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel, UniMMOutput, config_for
 from unimm.unified.registration import register_auto_classes
 
+register_auto_classes()
+
 __all__ = [
     "FactoredLoss",
     "UniMMConfig",
@@ -20,5 +22,4 @@ __all__ = [
     "config_for",
     "factored_cross_entropy",
     "four_bits",
-    "register_auto_classes",
 ]

@@ -1,4 +1,4 @@
-"""Makes the Auto classes of transformers know ours; done once, when `unimm` is imported."""
+"""Makes the Auto classes of transformers know ours; done once, when `unimm.unified` is imported."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel
 
 def register_auto_classes() -> None:
     """Register configurations, models and processors."""
-    AutoConfig.register(VisualCodecConfig.model_type, VisualCodecConfig)
-    AutoConfig.register(UniMMConfig.model_type, UniMMConfig)
+    for config in (VisualCodecConfig, UniMMConfig):  # `import unimm` announced their names
+        AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(VisualCodecConfig, VisualCodecModel)
     AutoModel.register(UniMMConfig, UniMMModel)
     for auto_class in (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText):
