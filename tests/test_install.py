@@ -72,13 +72,13 @@ def test_nothing_heavy_is_imported_before_it_is_asked_for(code):
 
 
 @pytest.mark.parametrize("before", ["import unimm", "from transformers import AutoModel, AutoProcessor"])
-@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMultimodalLM", "AutoProcessor", "AutoImageProcessor"])
 @pytest.mark.slow
-def test_auto_classes_know_ours_whatever_is_imported_first(auto, before, tiny_folder):
+def test_auto_classes_know_ours_whatever_is_imported_first(before, tiny_folder):
     run(
-        f"{before}\nimport unimm\nfrom transformers import {auto}\n"
-        f"loaded = {auto}.from_pretrained({str(tiny_folder)!r})\n"
-        "assert type(loaded).__module__.startswith('unimm.'), type(loaded)"
+        f"{before}\nimport unimm\nfrom transformers import AutoImageProcessor, AutoModel, AutoProcessor\n"
+        "for auto in (AutoModel, AutoImageProcessor, AutoProcessor):\n"
+        f"    loaded = auto.from_pretrained({str(tiny_folder)!r})\n"
+        "    assert type(loaded).__module__.startswith('unimm.'), type(loaded)"
     )
 
 
