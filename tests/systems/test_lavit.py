@@ -12,6 +12,7 @@ from tiny_upstreams import (
     check_everyday_use,
     check_lora,
     check_recipes,
+    check_saves,
     check_stored,
     golden_io,
     golden_weights,
@@ -168,6 +169,10 @@ def test_prompts_are_upstreams(converted):
     )
     shown = processor.tokenizer.decode(encoded["input_ids"][0])
     assert shown == "<s><image>" + "<|image|>" * 16 + "</image>what is it?"
+
+
+def test_it_saves_and_loads_again(converted, tmp_path):
+    check_saves(converted, tmp_path)
 
 
 def test_it_goes_back_bit_by_bit(source, converted, tmp_path):

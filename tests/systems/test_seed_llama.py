@@ -19,6 +19,7 @@ from tiny_upstreams import (
     check_everyday_use,
     check_lora,
     check_recipes,
+    check_saves,
     check_stored,
     golden_io,
     golden_weights,
@@ -181,6 +182,10 @@ def test_one_answer_may_mix_text_and_pictures(converted):
     whole = [part for parts in mixed for part in parts if isinstance(part, ImagePart) and part.complete]
     assert whole
     assert all(part.codes.ids.shape == (1, 32, 1) for part in whole)
+
+
+def test_it_saves_and_loads_again(converted, tmp_path):
+    check_saves(converted, tmp_path)
 
 
 def test_it_goes_back_bit_by_bit(source, converted, tmp_path):

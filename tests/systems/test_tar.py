@@ -12,6 +12,7 @@ from tiny_upstreams import (
     check_everyday_use,
     check_lora,
     check_recipes,
+    check_saves,
     check_stored,
     golden_io,
     golden_weights,
@@ -172,6 +173,10 @@ def test_pixels_that_make_no_whole_patch_are_dropped():
     changed[..., 72:, :] = changed[..., 72:] = 0
     assert codec.encode(changed).ids.equal(codes.ids)
     assert tar.plan(UpstreamConfig(published.TA_TOK)).config.length_policy.max_length == 729
+
+
+def test_it_saves_and_loads_again(converted, tmp_path):
+    check_saves(converted, tmp_path)
 
 
 def test_it_goes_back_bit_by_bit(source, converted, tmp_path):

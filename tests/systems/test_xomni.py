@@ -14,6 +14,7 @@ from tiny_upstreams import (
     check_everyday_use,
     check_lora,
     check_recipes,
+    check_saves,
     check_stored,
     golden_io,
     golden_weights,
@@ -238,6 +239,10 @@ def test_parts_are_what_they_are_alone(source, converted, tmp_path):
     alone = AutoModelForMultimodalLM.from_pretrained(convert("xomni_lm", source, tmp_path / "lm").target)
     ids = torch.tensor([[5, 6, SOM, ROWS + 3, ROWS + 9, EOM, 7]])
     assert alone(ids).logits.equal(model(ids).logits)
+
+
+def test_it_saves_and_loads_again(converted, tmp_path):
+    check_saves(converted, tmp_path)
 
 
 def test_it_goes_back_bit_by_bit(source, converted, tmp_path):

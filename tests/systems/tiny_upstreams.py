@@ -158,6 +158,16 @@ def check_everyday_use(model, *, size, options=None):
     assert model.chat(messages, seed=0).parts is not None
 
 
+def check_saves(folder, tmp_path):
+    """By every name that the Hub knows, and once more after saving: the same numbers in the same precision."""
+    model = AutoModelForMultimodalLM.from_pretrained(folder)
+    assert type(AutoProcessor.from_pretrained(folder)).__name__ == "UniMMProcessor"
+    model.save_pretrained(tmp_path / "saved")
+    found, wanted = AutoModelForMultimodalLM.from_pretrained(tmp_path / "saved").state_dict(), model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(found[key].equal(tensor) and found[key].dtype == tensor.dtype for key, tensor in wanted.items())
+
+
 def check_stored(folder, *, size, options=None):
     """Stored in eight and in four bits, idle parts waiting on the CPU: the same codes, near logits, pictures."""
     exact, ids = unimm.load(folder), torch.arange(5, 15)[None]
