@@ -37,10 +37,10 @@ test: .venv/dev font
 	$(BIN)/ruff check unimm tests examples
 	$(BIN)/ruff format --check unimm tests examples
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: .venv/dev font
-	$(BIN)/python -m pytest -n 2 -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m ''
 
 style: .venv/dev
 	$(BIN)/ruff format unimm tests examples

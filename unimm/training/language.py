@@ -30,7 +30,7 @@ from unimm.unified import UniMMForConditionalGeneration
 logger = logging.getLogger(__name__)
 
 SAMPLES_EACH = 4
-SAMPLE_STEPS = 8  # of a diffusion detokenizer, where the codec makes no pixels
+SAMPLE_STEPS = 8  # of a diffusion detokenizer, where the codec makes no pixels; one sample each then
 SAMPLE_PROMPTS = (
     "a red circle",
     "three blue stars",
@@ -157,15 +157,19 @@ class RunCallback(TrainerCallback):
             return
         sheet = draw_samples(kwargs["model"], self.front)  # by all processes: weights may be spread over them
         if state.is_world_process_zero:
-            labels = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_EACH)]
             path = self.directory.samples / f"step-{state.global_step:08d}.png"
-            contact_sheet(sheet, path, columns=2 * SAMPLES_EACH, labels=labels)
+            contact_sheet(sheet, path, columns=2 * SAMPLES_EACH, labels=sample_prompts(self.front))
             plot_metrics(self.directory.metrics(), self.directory.plots / "metrics.png")
+
+
+def sample_prompts(front: UniMM) -> list[str]:
+    """The fixed prompts, each as often as it is drawn."""
+    return [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_EACH if front.codec_draws else 1)]
 
 
 @torch.no_grad()
 def draw_samples(model: UniMMForConditionalGeneration, front: UniMM) -> list[Image.Image]:
-    """Drawings of the fixed prompts, four each.
+    """Drawings of the fixed prompts.
 
     Args:
         model: that is trained, wrapped as it may be.
@@ -174,7 +178,7 @@ def draw_samples(model: UniMMForConditionalGeneration, front: UniMM) -> list[Ima
     training, state = model.training, torch.get_rng_state()
     model.eval()
     torch.manual_seed(0)
-    prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_EACH)]
+    prompts = sample_prompts(front)
     inputs = front.processor.apply_chat_template(
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         tokenize=True,
