@@ -29,7 +29,7 @@ from unimm import VisualCodes
 from unimm.conversion import convert, restore
 from unimm.sequence import ImageSpan
 
-ROWS, CODES, FEATURES = 320, 64, 24
+ROWS, CODES, FEATURES, POOLED = 320, 64, 24, 28
 OPEN, CLOSE, FIRST = ROWS, ROWS + 1, ROWS + 2
 LLAMA = llama_sizes(ROWS + 2 + CODES, 40)  # 40: the width that the fixture's features have for the language model
 
@@ -51,32 +51,47 @@ def source(tmp_path_factory):
     torch.save(encoder, folder / "visual_tokenizer" / "tokenizer_encoder.bin")
     decoder = golden_weights("lavit_tokenizer", "tokenizer_decoder.")
     torch.save(decoder, folder / "visual_tokenizer" / "tokenizer_decoder.bin")
+    large = golden_weights("lavit_tokenizer", "highres_tokenizer_decoder.")
+    torch.save(large, folder / "visual_tokenizer" / "highres_tokenizer_decoder.bin")
     sizes = (GOLDEN / "lavit_tokenizer" / "config.json").read_text()
     (folder / "visual_tokenizer" / "config.json").write_text(sizes)
     write_pixel_decoding(folder / "pixel_decoding")
     return folder
 
 
-def write_pixel_decoding(folder):
+def write_pixel_decoding(folder, width=FEATURES, **conditions):
     torch.manual_seed(0)
     UNet2DConditionModel(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(8, 16),
         attention_head_dim=2,
-        cross_attention_dim=FEATURES,
+        cross_attention_dim=width,
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=16,
+        **conditions,
     ).save_pretrained(folder / "unet")
     tiny_vae().save_pretrained(folder / "vae")
     DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(folder / "scheduler")
-    torch.save(torch.randn(1, 16, FEATURES), folder / "uncond_embeddings.bin")
+    if not conditions:
+        torch.save(torch.randn(1, 16, FEATURES), folder / "uncond_embeddings.bin")
 
 
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
     return convert("lavit", source, tmp_path_factory.mktemp("converted") / "model", accept_licence=True).target
+
+
+@pytest.fixture(scope="module")
+def large(source, tmp_path_factory):
+    """With Stable Diffusion XL: six numbers of 8 for its sizes beside the pooled vector."""
+    folder = tmp_path_factory.mktemp("large")
+    conditions = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    sizes = {"projection_class_embeddings_input_dim": POOLED + 6 * 8}
+    write_pixel_decoding(folder / "highres_pixel_decoding", FEATURES + POOLED, **conditions, **sizes)
+    target, detokenizer = folder / "model", folder / "highres_pixel_decoding"
+    return convert("lavit", source, target, accept_licence=True, detokenizer=detokenizer).target
 
 
 def test_it_reads_draws_and_chats(converted):
@@ -189,6 +204,28 @@ def test_it_goes_back_bit_by_bit(source, converted, tmp_path):
         given, found = (torch.load(folder / name, weights_only=True) for folder in (source, back))
         assert all(found[key].equal(given[key]) for key in found)
         assert all(key.startswith(("encoder.norm.", "vit_proj.")) for key in given.keys() - found.keys())
+
+
+def test_it_draws_by_the_large_model_too(large):
+    check_everyday_use(unimm.load(large), size=(32, 32))
+
+
+@torch.no_grad()
+def test_what_the_large_model_reads_equals_the_reference(large):
+    model, expected = unimm.load(large), golden_io("lavit_tokenizer")
+    states, pooled = model.detokenizer.condition(
+        model.model.codec.decode(model.model.codec.encode(expected["pixel_values"]))
+    )
+    torch.testing.assert_close(states, expected["highres_cond_argmax"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(pooled, expected["highres_pooled_argmax"], atol=1e-4, rtol=0)
+
+
+def test_the_large_decoder_goes_back_bit_by_bit(source, large, tmp_path):
+    name = "visual_tokenizer/highres_tokenizer_decoder.bin"
+    back = restore("lavit", large, tmp_path / "back")
+    given, found = (torch.load(folder / name, weights_only=True) for folder in (source, back))
+    assert given.keys() == found.keys()
+    assert all(found[key].equal(tensor) for key, tensor in given.items())
 
 
 def test_an_adapter_learns(converted):

@@ -229,7 +229,7 @@ class CrossViTConfig(FeatureOptions):
         tokens: queries, and the most codes of a picture.
         width, depth, num_heads, mlp_width: of the transformer.
         feature_width: of the features that are rebuilt.
-        out_dim: width of what is given, a linear map of them.
+        out_dim: width of what is given, a linear map of them; 0 gives the features.
     """
 
     dim: int = 32
@@ -265,7 +265,7 @@ class CrossViTBlock(nn.Module):
 
 
 class CrossViTDecoder(nn.Module):
-    """Codes `[B, N, dim]`, of which those under `mask` `[B, N]` exist, to `[B, tokens, out_dim]`."""
+    """Codes `[B, N, dim]`, of which those under `mask` `[B, N]` exist, to `[B, tokens, out_dim]` or features."""
 
     def __init__(self, config: CrossViTConfig) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class CrossViTDecoder(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(config.width, config.width), nn.Tanh(), nn.Linear(config.width, config.feature_width)
         )
-        self.out = nn.Linear(config.feature_width, config.out_dim)
+        self.out = nn.Linear(config.feature_width, config.out_dim) if config.out_dim else nn.Identity()
 
     def forward(self, vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         batch, length, _ = vectors.shape

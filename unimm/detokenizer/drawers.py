@@ -17,6 +17,7 @@ from diffusers import (
     DiffusionPipeline,
     SanaPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     StableUnCLIPImg2ImgPipeline,
 )
 from PIL import Image
@@ -27,10 +28,11 @@ from unimm.codes import VisualCodes
 from unimm.config import from_dict
 from unimm.detokenizer.flux import FeaturesToFluxPipeline
 from unimm.detokenizer.pipeline import CodesToImagePipeline
+from unimm.detokenizer.sdxl import PooledCondition
 from unimm.nn.stored import SMALL, store_linears
 
 STORED = ("transformer", "unet", "text_encoder", "text_encoder_2")
-SETTINGS, UNCONDITIONAL = "drawing.json", "unconditional.safetensors"
+SETTINGS, UNCONDITIONAL, CONDITION = "drawing.json", "unconditional.safetensors", "condition"
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,30 @@ class StableDiffusionDrawer(Drawer):
         ).images[0]
 
 
+class StableDiffusionXLDrawer(Drawer):
+    """LaVIT (2309.04669), large: features in the place of two prompts', against zeros."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    settings = DrawingSettings(25, 7.0)
+
+    def __init__(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        super().__init__(pipeline, folder)
+        self.condition = PooledCondition.from_pretrained(folder / CONDITION).eval()
+
+    def draw(
+        self, codes: VisualCodes, codec: VisualCodecModel, *, prompt: str, steps: int, generator: torch.Generator | None
+    ) -> Image.Image:
+        features = codec.decode(codes)
+        states, pooled = (part.to(self.pipeline.dtype) for part in self.condition.to(features.device)(features.float()))
+        return self.pipeline(
+            prompt_embeds=states,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=torch.zeros_like(states),
+            negative_pooled_prompt_embeds=torch.zeros_like(pooled),
+            **self.sampling(steps, generator),
+        ).images[0]
+
+
 class SanaDrawer(Drawer):
     """Tar (2506.18898): features in the place of a prompt's, against zeros."""
 
@@ -179,7 +205,7 @@ class SanaDrawer(Drawer):
 
 DRAWERS: dict[str, type[Drawer]] = {
     drawer.pipeline_class.__name__: drawer
-    for drawer in (CodesDrawer, FluxDrawer, UnCLIPDrawer, StableDiffusionDrawer, SanaDrawer)
+    for drawer in (CodesDrawer, FluxDrawer, UnCLIPDrawer, StableDiffusionDrawer, StableDiffusionXLDrawer, SanaDrawer)
 }
 
 
@@ -201,7 +227,7 @@ def load_drawer(folder: Path, *, dtype: torch.dtype, weights: str | None = None)
     absent = {part: None for part, place in index.items() if place == [None, None]}  # those of prompts, mostly
     stored = [part for part in STORED if index.get(part, [None])[0]]
     small = weights if weights in SMALL else None
-    pipeline = drawer.pipeline_class.from_pretrained(folder, torch_dtype=torch.bfloat16 if small else dtype, **absent)
+    pipeline = drawer.pipeline_class.from_pretrained(folder, dtype=torch.bfloat16 if small else dtype, **absent)
     if small:
         for part in stored:
             store_linears(getattr(pipeline, part), small)

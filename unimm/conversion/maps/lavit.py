@@ -7,7 +7,7 @@ from unimm.conversion.maps.eva import CLIP_MEAN, CLIP_STD, EVA_G, tower_options,
 from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, first, under
 
 # The prefixes under which the weights of upstream's separate files stand.
-ENCODER, DECODER = "tokenizer_encoder", "tokenizer_decoder"
+ENCODER, DECODER, LARGE_DECODER = "tokenizer_encoder", "tokenizer_decoder", "highres_tokenizer_decoder"
 MERGER_MLP_RATIO = 4.3637
 FEATURE_WIDTH, OUT_WIDTH = 1408, 768  # of the tower, and of what the first diffusion model reads
 RELEASED = {
@@ -47,12 +47,9 @@ DECODER_PARTS = {
     "mlp.fc1": "mlp.up",
     "mlp.fc2": "mlp.down",
 }
-# The tower's unused norm; the path without codes, by which upstream's language model reads; a second decoder.
-WITHOUT_EFFECT = (
-    rf"{ENCODER}\.encoder\.norm\..*",
-    rf"{ENCODER}\.vit_proj\..*",
-    r"highres_tokenizer_decoder\..*",
-)
+CONDITION_KEYS = "unet_"  # begin the names of what the second diffusion model reads through
+# The tower's unused norm; the path without codes, by which upstream's language model reads.
+WITHOUT_EFFECT = (rf"{ENCODER}\.encoder\.norm\..*", rf"{ENCODER}\.vit_proj\..*")
 
 
 def merger_renames(source: str, target: str) -> tuple[Rename, ...]:
@@ -63,8 +60,11 @@ def merger_renames(source: str, target: str) -> tuple[Rename, ...]:
     )
 
 
-def plan(upstream: UpstreamConfig) -> Plan:
+def plan(upstream: UpstreamConfig, *, large: bool = False) -> Plan:
     """The plan of `DynamicVisualTokenizer` and `VQDecoder`.
+
+    Args:
+        large: `HighresVQDecoder` instead, whose features Stable Diffusion XL reads through maps of its own.
 
     Raises:
         ValueError: a tower or a decoder of other sizes than the tokenizer.
@@ -80,10 +80,11 @@ def plan(upstream: UpstreamConfig) -> Plan:
             f"the tokenizer {patch} and {width}; they must be equal."
         )
     dim, side = upstream.get(f"{name}.code_dim", RELEASED["code_dim"]), size // patch
-    drawn = {**RELEASED_DECODER, **upstream.get("VQDecoder", {"in_chans": dim})}
+    prefix, reference = (LARGE_DECODER, "HighresVQDecoder") if large else (DECODER, "VQDecoder")
+    drawn = {**RELEASED_DECODER, **upstream.get(reference, {"in_chans": dim})}
     decoder_width = drawn["embed_dim"]
     if drawn["in_chans"] != dim:
-        raise ValueError(f"VQDecoder.in_chans is {drawn['in_chans']}; codes have {dim} channels.")
+        raise ValueError(f"{reference}.in_chans is {drawn['in_chans']}; codes have {dim} channels.")
     grid = {"rows": side, "columns": side}
     config = VisualCodecConfig(
         image_size=size,
@@ -114,7 +115,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
             "num_heads": drawn["num_heads"],
             "mlp_width": int(decoder_width * drawn["mlp_ratio"]),
             "feature_width": upstream.literal("decoder_out_dim", FEATURE_WIDTH),
-            "out_dim": upstream.literal("unet_proj", OUT_WIDTH),
+            "out_dim": 0 if large else upstream.literal("unet_proj", OUT_WIDTH),
         },
     )
     predictor, merger = rf"{ENCODER}\.token_predictor", rf"{ENCODER}\.causal_encoder"
@@ -125,13 +126,14 @@ def plan(upstream: UpstreamConfig) -> Plan:
         *merger_renames(merger, "resampler.merger"),
         *under(rf"{ENCODER}\.encode_task_layer", "resampler.to_positions", {"0": "0", "2": "2"}),
         Rename(rf"{ENCODER}\.quantize\.embedding\.weight", "quantizer.codebook"),
-        *under(DECODER, "decoder", {"in_proj": "embed", "norm": "norm", "unet_proj": "out"}),
-        Rename(rf"{DECODER}\.pos_embed", "decoder.positions", first),
-        Rename(rf"{DECODER}\.query_embed", "decoder.queries", first),
-        *under(rf"{DECODER}\.blocks\.(?P<index>\d+)", r"decoder.blocks.\g<index>", DECODER_PARTS),
-        *under(rf"{DECODER}\.decode_task_layer", "decoder.head", {"0": "0", "2": "2"}),
+        *under(prefix, "decoder", {"in_proj": "embed", "norm": "norm"} | ({} if large else {"unet_proj": "out"})),
+        Rename(rf"{prefix}\.pos_embed", "decoder.positions", first),
+        Rename(rf"{prefix}\.query_embed", "decoder.queries", first),
+        *under(rf"{prefix}\.blocks\.(?P<index>\d+)", r"decoder.blocks.\g<index>", DECODER_PARTS),
+        *under(rf"{prefix}\.decode_task_layer", "decoder.head", {"0": "0", "2": "2"}),
     )
-    return Plan(config, renames, WITHOUT_EFFECT)
+    elsewhere = rf"{LARGE_DECODER}\.{CONDITION_KEYS}.*" if large else rf"{LARGE_DECODER}\..*"
+    return Plan(config, renames, (*WITHOUT_EFFECT, elsewhere))
 
 
 TOKENIZER = Upstream(
