@@ -226,10 +226,16 @@ def read_prompts(source: str, column: str, seed: int, number: int) -> Dataset:
         ValueError: no such column, or no row.
     """
     path = Path(source)
-    if path.is_file():
-        found = load_dataset(str(path.parent.resolve()), data_files=path.name, split="train")
-    else:
-        found = load_dataset(source, split="train")
+    try:
+        if path.is_file():
+            found = load_dataset(str(path.parent.resolve()), data_files=path.name, split="train")
+        else:
+            found = load_dataset(source, split="train")
+    except ValueError as error:
+        raise ValueError(
+            f"{source} has no rows to read ({error}); prompts.column is {column!r}, so name a data set with prompts "
+            "there in its train split."
+        ) from error
     if column not in found.column_names or not len(found):
         raise ValueError(
             f"{source} has {len(found)} rows of {', '.join(found.column_names)}; prompts.column is {column!r}."
