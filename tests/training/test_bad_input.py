@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from unimm import UniMMForConditionalGeneration, UniMMProcessor
 from unimm.data.rows import FEATURES, read_rows, write_rows
 from unimm.sequence import train_text_tokenizer
+from unimm.training.prompts import PromptsConfig, make_prompts
 from unimm.training.recipe import train
 from unimm.unified import UniMMConfig
 
@@ -89,3 +90,10 @@ def test_tied_embeddings_are_refused_in_a_config_and_untied_from_a_backbone(tiny
     assert model.lm_head.weight[text].equal(model.get_input_embeddings().weight[text])
     assert model.lm_head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(("text", "column"), [("prompt\n", "prompt"), ("caption\na star\n", "prompt")])
+def test_prompts_of_no_rows_or_another_column_are_refused(tmp_path, text, column):
+    (tmp_path / "prompts.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"prompts\.column is 'prompt'"):
+        make_prompts(PromptsConfig(source=str(tmp_path / "prompts.csv"), column=column), 2)

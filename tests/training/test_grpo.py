@@ -108,6 +108,24 @@ def test_scores_renormalise_the_full_softmax_over_legal_ids(pair):
                 assert float(within) < -0.01  # the full softmax has mass elsewhere
 
 
+def test_logits_are_made_of_the_ids_of_pictures_only(pair):
+    model, processor = pair
+    ids, mask, normal = draw(model, processor)
+    shapes = []
+    handle = model.register_forward_hook(lambda module, inputs, output: shapes.append(output.logits.shape))
+    SamplingPolicy(model.config.grammar, tuple(model.config.null_prompt_ids), guidance_scale=2.0).score(
+        model, ids, mask, normal.shape[1]
+    )
+    handle.remove()
+    assert len(shapes) == 2
+    vocabulary = model.config.vocabulary
+    assert {shape[2] for shape in shapes} == {sum(b.stop - b.start for b in vocabulary.blocks) + 1}  # and the end
+    assert shapes[0][2] < vocabulary.image_token_offset
+    rows = torch.tensor([1, 5, 9])
+    with torch.no_grad():
+        assert torch.allclose(model(ids, rows_to_keep=rows).logits, model(ids).logits[..., rows], atol=1e-5)
+
+
 def test_padding_after_a_picture_scores_nothing_and_gradients_flow(pair):
     model, processor = pair
     ids, mask, normal = draw(model, processor)

@@ -31,7 +31,7 @@ from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_e
 from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.policy import SamplingPolicy
-from unimm.training.prompts import PromptsConfig, choose_rewards, draw, make_prompts
+from unimm.training.prompts import JudgesConfig, PromptsConfig, choose_rewards, draw, make_prompts
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
 
@@ -59,7 +59,7 @@ class DpoRecipe:
 
     Args:
         init_from: the saved model that the run begins with, which draws the pairs and is the reference.
-        prompts, rewards, alignment_model, sampling: as of GRPO.
+        prompts, rewards, alignment_model, judges, sampling: as of GRPO.
         beta: how strongly the model is held to the reference.
         batch_size: pairs per step, over all processes.
         micro_batch: pairs per forward pass and process; None takes the process's share of the batch at once.
@@ -78,6 +78,7 @@ class DpoRecipe:
     batch_size: int = 32
     micro_batch: int | None = None
     alignment_model: str | None = None
+    judges: JudgesConfig = field(default_factory=JudgesConfig)
     adapter: AdapterConfig | None = None
     logging: LanguageLoggingConfig = field(default_factory=LanguageLoggingConfig)
     bf16: bool = False
@@ -182,7 +183,7 @@ def train_dpo(recipe: DpoRecipe) -> RunDirectory:
     directory.start(recipe)
     model = load_model(recipe.init_from, recipe.adapter)
     processor = UniMMProcessor.from_pretrained(recipe.init_from)
-    rewards = choose_rewards(recipe.rewards, recipe.alignment_model)
+    rewards = choose_rewards(recipe.rewards, recipe.alignment_model, recipe.judges, recipe.init_from)
     front = UniMM(model, processor, Path(recipe.init_from))
     path = directory.root / "pairs.parquet"
     with PartialState(cpu=ON_CPU).local_main_process_first():

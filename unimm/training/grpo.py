@@ -30,7 +30,7 @@ from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_e
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import plot_metrics
 from unimm.training.policy import SamplingPolicy
-from unimm.training.prompts import PromptsConfig, choose_rewards, draw, make_prompts
+from unimm.training.prompts import JudgesConfig, PromptsConfig, choose_rewards, draw, make_prompts
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
 
@@ -117,6 +117,7 @@ class GrpoRecipe:
         init_from: the saved model that the run begins with, which is also the reference of the divergence.
         rewards: names and weights; `alignment` needs `alignment_model`.
         alignment_model: folder or Hub name of a CLIP-like model.
+        judges: of `aesthetic` and `remote`.
         sampling: of the rollouts.
         adapter: train a part of the weights only; without this section all of them are trained.
         gradient_checkpointing: compute activations twice rather than keep them.
@@ -135,6 +136,7 @@ class GrpoRecipe:
     guards: GuardConfig = field(default_factory=GuardConfig)
     logging: GrpoLoggingConfig = field(default_factory=GrpoLoggingConfig)
     alignment_model: str | None = None
+    judges: JudgesConfig = field(default_factory=JudgesConfig)
     adapter: AdapterConfig | None = None
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -339,7 +341,7 @@ def train_grpo(recipe: GrpoRecipe) -> RunDirectory:
     set_seed(recipe.run.seed)
     directory = RunDirectory(recipe.run)
     directory.start(recipe)
-    rewards = choose_rewards(recipe.rewards, recipe.alignment_model)
+    rewards = choose_rewards(recipe.rewards, recipe.alignment_model, recipe.judges, recipe.init_from)
     model = load_model(recipe.init_from, recipe.adapter)
     processor = UniMMProcessor.from_pretrained(recipe.init_from)
     arguments = grpo_arguments(recipe, directory, rewards, processor.grammar.longest)

@@ -2,7 +2,8 @@
 
 A rollout is drawn under the grammar, and where a recipe says so under guidance, a temperature and a nucleus. Scored
 without them it looks off-policy: part of the softmax lies on ids that could never be drawn, and a guided sample is
-unlikely under the unguided model. Here the same steps are taken in the same order as in `generate`.
+unlikely under the unguided model. Here the same steps are taken in the same order as in `generate`, on logits of the
+ids only that the grammar allows somewhere, so that memory grows with the codes and not with the text rows.
 """
 
 from __future__ import annotations
@@ -46,29 +47,42 @@ class SamplingPolicy:
         """Scores of the last `num_sampled` ids of every row, which follow an open picture.
 
         Args:
-            model: called with `input_ids`, `attention_mask`, `position_ids` and `logits_to_keep`, so that wrappers of
-                parallel training and adapters stay in place.
+            model: called with `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep` and `rows_to_keep`, so
+                that wrappers of parallel training and adapters stay in place.
             input_ids: int64 `[B, T]`, prompts padded on the left and ending in `<boi>`, samples padded on the right.
             attention_mask: int64 `[B, T]`, 0 at padding.
             num_sampled: C.
         """
-        logits = _logits(model, input_ids, attention_mask, num_sampled)
+        sampled = attention_mask[:, -num_sampled:].bool()
         states = self.grammar.states(input_ids)[:, -num_sampled - 1 : -1]
+        table = self.grammar.table.to(input_ids.device)
+        rows = table[states[sampled].unique()].any(dim=0).nonzero().squeeze(1)  # [R], ascending
+        logits = _logits(model, input_ids, attention_mask, num_sampled, rows)
         if self.guidance_scale != 1:
             null = torch.tensor(self.null_prompt_ids, device=input_ids.device).expand(len(input_ids), -1)
             drawn = slice(-num_sampled - 1, None)  # `<boi>` and what follows it
-            rows = torch.cat([null, input_ids[:, drawn]], dim=1)
+            ids = torch.cat([null, input_ids[:, drawn]], dim=1)
             mask = torch.cat([torch.ones_like(null), attention_mask[:, drawn]], dim=1)
-            unconditional = _logits(model, rows, mask, num_sampled)
+            unconditional = _logits(model, ids, mask, num_sampled, rows)
             guided = unconditional + self.guidance_scale * (logits - unconditional)
             logits = torch.where((states != 0)[..., None], guided, logits)
-        return self._score(logits, states, input_ids[:, -num_sampled:], attention_mask[:, -num_sampled:].bool())
+        targets = input_ids[:, -num_sampled:]
+        places = torch.searchsorted(rows, targets.contiguous()).clamp_max(len(rows) - 1)
+        assert bool((rows[places] == targets)[sampled].all()), "an id was sampled that the grammar never allows"
+        return self._score(logits, states, places, sampled, table[:, rows])
 
     def _score(
-        self, logits: torch.Tensor, states: torch.Tensor, targets: torch.Tensor, sampled: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        sampled: torch.Tensor,
+        table: torch.Tensor,
     ) -> Scores:
-        """Softmax over the legal ids only, one grammar state at a time, since they share their legal ids."""
-        table = self.grammar.table.to(logits.device)
+        """Softmax over the legal ids only, one grammar state at a time, since they share their legal ids.
+
+        Targets and the columns of logits and table count within the rows that were kept.
+        """
         log_probs = logits.new_zeros(targets.shape, dtype=torch.float32)
         entropies = torch.zeros_like(log_probs)
         for state in states[sampled].unique():
@@ -90,13 +104,16 @@ class SamplingPolicy:
         return scores.masked_fill(~kept.scatter(1, chosen[:, None], True), -float("inf"))
 
 
-def _logits(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sampled: int) -> torch.Tensor:
-    """Logits `[B, C, V]` before each sampled id, at the positions that `generate` gives to padded rows."""
+def _logits(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sampled: int, rows: torch.Tensor
+) -> torch.Tensor:
+    """Logits `[B, C, R]` of `rows` before each sampled id, at the positions that `generate` gives to padded rows."""
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(dim=1) - 1).clamp_min(0),
         logits_to_keep=num_sampled + 1,
+        rows_to_keep=rows,
         use_cache=False,
     )
     return output.logits[:, :-1]

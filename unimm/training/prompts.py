@@ -18,7 +18,15 @@ from unimm.data.conversations import Message, drawing_request
 from unimm.data.pictures import to_pictures
 from unimm.data.worlds import WORLDS
 from unimm.pipelines import UniMM
-from unimm.rewards import REWARDS, RewardMixture, load_alignment
+from unimm.rewards import (
+    REWARDS,
+    RewardMixture,
+    load_aesthetic,
+    load_alignment,
+    load_ocr,
+    load_self_vqascore,
+    remote,
+)
 from unimm.scorers.facts import SceneFacts
 from unimm.sequence import ImagePart
 from unimm.training.begin import SamplingConfig
@@ -134,15 +142,48 @@ def draw(
     )
 
 
-def choose_rewards(weights: dict[str, float], alignment_model: str | None) -> RewardMixture:
-    """The rewards of a recipe; `alignment` judges by a CLIP-like model, a folder or a Hub name.
+@dataclass(frozen=True)
+class JudgesConfig:
+    """Where the rewards that judge by a model are found; each is needed by the reward of its name only.
+
+    Args:
+        aesthetic: folder or Hub name of an image classifier with one output or a label `aesthetic`.
+        remote: address of a server; see `unimm.rewards.remote`.
+    """
+
+    aesthetic: str | None = None
+    remote: str | None = None
+
+
+def choose_rewards(
+    weights: dict[str, float], alignment_model: str | None, judges: JudgesConfig, init_from: str
+) -> RewardMixture:
+    """The rewards of a recipe.
+
+    Args:
+        weights: of rewards of `unimm.rewards`, by name.
+        alignment_model: folder or Hub name of a CLIP-like model, which judges `alignment`.
+        judges: of `aesthetic` and `remote`.
+        init_from: the saved model whose reading judges `self_vqascore`.
 
     Raises:
-        ValueError: an unknown name, or no positive weight.
+        ValueError: an unknown name, a reward without its judge, or no positive weight.
     """
+    device = PartialState(cpu=ON_CPU).device
     known = dict(REWARDS)
     if alignment_model is not None:
-        known["alignment"] = load_alignment(alignment_model, PartialState(cpu=ON_CPU).device)
+        known["alignment"] = load_alignment(alignment_model, device)
+    if judges.aesthetic is not None:
+        known["aesthetic"] = load_aesthetic(judges.aesthetic, device)
+    if judges.remote is not None:
+        known["remote"] = remote(judges.remote)
+    if "ocr" in weights:
+        known["ocr"] = load_ocr()
+    if "self_vqascore" in weights:
+        known["self_vqascore"] = load_self_vqascore(init_from, device)
+    for name, key in (("alignment", "alignment_model"), ("aesthetic", "judges.aesthetic"), ("remote", "judges.remote")):
+        if name in weights and name not in known:
+            raise ValueError(f"rewards names {name!r} without its judge; set {key}.")
     return RewardMixture.choose(weights, known)
 
 
@@ -185,10 +226,16 @@ def read_prompts(source: str, column: str, seed: int, number: int) -> Dataset:
         ValueError: no such column, or no row.
     """
     path = Path(source)
-    if path.is_file():
-        found = load_dataset(str(path.parent.resolve()), data_files=path.name, split="train")
-    else:
-        found = load_dataset(source, split="train")
+    try:
+        if path.is_file():
+            found = load_dataset(str(path.parent.resolve()), data_files=path.name, split="train")
+        else:
+            found = load_dataset(source, split="train")
+    except ValueError as error:
+        raise ValueError(
+            f"{source} has no rows to read ({error}); prompts.column is {column!r}, so name a data set with prompts "
+            "there in its train split."
+        ) from error
     if column not in found.column_names or not len(found):
         raise ValueError(
             f"{source} has {len(found)} rows of {', '.join(found.column_names)}; prompts.column is {column!r}."

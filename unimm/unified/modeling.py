@@ -260,6 +260,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        rows_to_keep: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> UniMMOutput:
@@ -271,6 +272,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             image_positions: bool `[B, T]`, where pictures are in `inputs_embeds`, for a model with vision-only layers.
             labels: int64 `[B, T]`, not shifted; -100 is ignored, and placeholders take the codes of the pictures.
             logits_to_keep: logits of the last positions only; 0 keeps all.
+            rows_to_keep: int64 `[R]`, logits of these ids only, `[B, T, R]`; None keeps the whole vocabulary.
             num_items_in_batch: targets of the whole batch, where this call sees a part of it.
         """
         if self.model.reader is not None:
@@ -298,7 +300,10 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         )
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.lm_head(hidden[:, kept])
+            if rows_to_keep is None:
+                result.logits = self.lm_head(hidden[:, kept])
+            else:
+                result.logits = nn.functional.linear(hidden[:, kept], self.lm_head.weight[rows_to_keep])
             return result
         factored = factored_cross_entropy(
             hidden,
