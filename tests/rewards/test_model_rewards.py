@@ -51,10 +51,12 @@ def test_ocr_names_what_to_install():
 def test_ocr_reads_a_drawn_word():
     image = Image.new("RGB", (256, 96), "white")
     ImageDraw.Draw(image).text((40, 20), "CAKE", fill="black", font=ImageFont.load_default(48))
-    asked = [Drawing(image, "a word", SceneFacts(word=word)) for word in ("CAKE", "RIVER")]
-    one, other = load_ocr()(asked)
+    blank = Image.new("RGB", (256, 96), "white")
+    asked = [Drawing(shown, "a word", SceneFacts(word=word)) for shown, word in ((image, "CAKE"), (image, "RIVER"))]
+    one, other, nothing = load_ocr()([*asked, Drawing(blank, "a word", SceneFacts(word="CAKE"))])
     assert one == 1.0
-    assert other < 0.3
+    assert 0 < other < 0.3
+    assert nothing == 0.0
 
 
 class Brightness(BaseHTTPRequestHandler):

@@ -38,7 +38,8 @@ def _read(images: Sequence[Image.Image], drawings: Sequence[Drawing]) -> list[fl
     with PyTessBaseAPI(psm=PSM.SPARSE_TEXT) as engine:
         for image, drawing in zip(images, drawings, strict=True):
             engine.SetImage(image.convert("RGB"))
-            marks.append(text_marks(engine.MapWordsAndConfidences(), drawing.facts.word or ""))
+            engine.Recognize()
+            marks.append(text_marks(engine.MapWordConfidences(), drawing.facts.word or ""))
     return marks
 
 
@@ -46,10 +47,17 @@ def load_ocr() -> Reward:
     """The reward `ocr`, in [0, 1].
 
     Raises:
-        ValueError: tesserocr is not installed.
+        ValueError: tesserocr or its English data is not installed.
     """
     try:
-        import tesserocr  # noqa: F401
+        from tesserocr import PyTessBaseAPI
     except ImportError as error:
         raise ValueError("Reward 'ocr' reads with tesserocr, which is missing; pip install tesserocr.") from error
+    try:
+        PyTessBaseAPI().End()
+    except RuntimeError as error:
+        raise ValueError(
+            f"Reward 'ocr' finds no data of Tesseract ({error}); install tesseract-ocr-eng, and name the folder of "
+            "eng.traineddata in TESSDATA_PREFIX if it lies elsewhere."
+        ) from error
     return Reward("ocr", 0.0, 1.0, has_word, _read)
