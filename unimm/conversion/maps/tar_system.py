@@ -34,7 +34,7 @@ def read(source: Path) -> dict[str, Any]:
 def restore_sizes(fields: dict[str, Any], _source: Path, folder: Path) -> None:
     """Put the tokenizer's sizes back into its file, beside the weights."""
     file = folder / CODEC_FILE
-    whole = torch.load(file, weights_only=True)
+    whole = unpickled(file)
     whole["model"]["args"] = fields["visual_tokenizer"]["args"]
     with atomic_write(file) as temporary:
         torch.save(whole, temporary)
