@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -46,13 +45,7 @@ def write_repository(source: Path, target: Path, detokenizer: Path | None = None
 
 def _forget_paths(path: Path) -> None:
     """Take out of a configuration where it was loaded from: a folder of the machine that wrote it."""
-    settings = json.loads(path.read_text())
-
-    def without(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: without(inner) for name, inner in value.items() if name != "_name_or_path"}
-        return value
-
-    kept = without(settings)
-    if kept != settings:
-        path.write_text(json.dumps(kept, indent=2) + "\n")
+    text = path.read_text(encoding="utf-8")
+    if "_name_or_path" in text:
+        kept = json.loads(text, object_hook=lambda fields: {k: v for k, v in fields.items() if k != "_name_or_path"})
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
