@@ -16,7 +16,6 @@ FOLDER=${FOLDER:-runs/tiny-grpo}
 SEEDS=${SEEDS:-2 3 4}
 STEPS=${STEPS:-300}
 LIMIT=${LIMIT:-200}
-MORE=${MORE:-}  # further overrides of every training, for example bf16=false
 
 judge() {  # name, model, folder of the report, options
     [ -f "$FOLDER/$1/$3/report.json" ] ||
@@ -28,7 +27,7 @@ judge_both() {  # name, model, options
 }
 train() {  # name, seed, recipe, overrides
     $UNIMM train "recipes/tiny/$3.yaml" run.directory="$FOLDER" run.name="$1-$2" run.seed="$2" init_from="$START" \
-        optimizer.steps="$STEPS" "${@:4}" $MORE
+        optimizer.steps="$STEPS" "${@:4}"
     judge_both "$1-$2" "$FOLDER/$1-$2/model"
 }
 
