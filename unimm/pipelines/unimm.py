@@ -195,7 +195,9 @@ class UniMM:
             for image, question in zip(listed, asked, strict=True)
         ]
         return self._replies(
-            self._answer(self._inputs(requests), seed=None, mode="text", guidance=1.0, temperature=0.0, top_p=1.0)
+            self._answer(
+                self.processor.chat_inputs(requests), seed=None, mode="text", guidance=1.0, temperature=0.0, top_p=1.0
+            )
         )
 
     def answer(self, prompts: Sequence[str], *, seed: int | None = None) -> list[Reply]:
@@ -203,7 +205,9 @@ class UniMM:
         where it draws.
         """
         requests = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        rows = self._answer(self._inputs(requests), seed=seed, mode=None, guidance=1.0, temperature=1.0, top_p=1.0)
+        rows = self._answer(
+            self.processor.chat_inputs(requests), seed=seed, mode=None, guidance=1.0, temperature=1.0, top_p=1.0
+        )
         return self._replies(rows, seed=seed, prompts=list(prompts))
 
     def chat(
@@ -217,7 +221,7 @@ class UniMM:
     ) -> Reply:
         """The next turn of a conversation; the model decides where it draws."""
         rows = self._answer(
-            self._inputs([list(messages)]),
+            self.processor.chat_inputs([messages]),
             seed=seed,
             mode=None,
             guidance=guidance,
@@ -257,16 +261,6 @@ class UniMM:
             **sampling,
         )
         return output[:, inputs["input_ids"].shape[1] :].tolist()
-
-    def _inputs(self, conversations: list[list[dict[str, Any]]]) -> BatchFeature:
-        return self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True},
-        )
 
     def _replies(
         self,

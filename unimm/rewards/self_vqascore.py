@@ -50,14 +50,7 @@ class SelfVqaScore:
             ]
             for image, drawing in zip(images, drawings, strict=True)
         ]
-        inputs = self.processor.apply_chat_template(
-            asked,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True},
-        ).to(self.model.device)
+        inputs = self.processor.chat_inputs(asked).to(self.model.device)
         positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         logits = self.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False).logits[:, -1]
         return logits[:, self.answers].float().softmax(dim=1)[:, 0].tolist()

@@ -191,8 +191,16 @@ class UniMMProcessor(ProcessorMixin):
             encoded = self(text=[self.escape(prompt) for prompt in prompts], return_tensors="pt", padding=True)
             self._check_length(encoded["input_ids"].shape[1])
             return encoded
+        return self.chat_inputs([[{"role": "user", "content": prompt}] for prompt in prompts])
+
+    def chat_inputs(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
+        """Ids of conversations whose next turn is the assistant's, `[B, T]`, padded on the left, and their pictures.
+
+        Raises:
+            ValueError: a conversation longer than the model takes.
+        """
         return self.apply_chat_template(
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            [list(messages) for messages in conversations],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",

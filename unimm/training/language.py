@@ -179,14 +179,7 @@ def draw_samples(model: UniMMForConditionalGeneration, front: UniMM) -> list[Ima
     model.eval()
     torch.manual_seed(0)
     prompts = sample_prompts(front)
-    inputs = front.processor.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True},
-    ).to(model.device)
+    inputs = front.processor.drawing_inputs(prompts).to(model.device)
     output = model.generate(**inputs, generation_mode="image")
     parts = [part for row in output.tolist() for part in front.processor.parse(row)]
     drawn = [part.codes for part in parts if isinstance(part, ImagePart)]
