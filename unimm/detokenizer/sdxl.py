@@ -6,7 +6,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.nn import functional as F
+
+from unimm.nn.blocks import CrossAttention
 
 
 class PooledCondition(ModelMixin, ConfigMixin):
@@ -33,10 +34,7 @@ class PooledCondition(ModelMixin, ConfigMixin):
         self.first = nn.Linear(in_features, widths[0])
         self.second = nn.Linear(in_features, widths[1])
         self.positions = nn.Parameter(torch.zeros(tokens + 1, in_features))
-        self.query = nn.Linear(in_features, in_features)
-        self.key = nn.Linear(in_features, in_features)
-        self.value = nn.Linear(in_features, in_features)
-        self.pooled = nn.Linear(in_features, pooled_width)
+        self.pool = CrossAttention(in_features, num_heads, context_width=in_features, out_width=pooled_width)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, tokens, in_features]` to states `[B, tokens, sum(widths)]` and vectors `[B, pooled_width]`.
@@ -44,7 +42,5 @@ class PooledCondition(ModelMixin, ConfigMixin):
         The vector is read by one query, the mean of the features, from that mean and all of them.
         """
         seen = torch.cat([features.mean(dim=1, keepdim=True), features], dim=1) + self.positions
-        parts = (self.query(seen[:, :1]), self.key(seen), self.value(seen))
-        query, key, value = (part.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2) for part in parts)
-        pooled = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)[:, 0]
-        return torch.cat([self.first(features), self.second(features)], dim=-1), self.pooled(pooled)
+        states = torch.cat([self.first(features), self.second(features)], dim=-1)
+        return states, self.pool(seen[:, :1], seen)[:, 0]

@@ -39,21 +39,24 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of one sequence to another, which may have another width.
 
+    Args:
+        out_width: of what is given; None for `width`.
+
     Raises:
         ValueError: `width` is not a multiple of `num_heads`.
     """
 
-    def __init__(self, width: int, num_heads: int, *, context_width: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, context_width: int, out_width: int | None = None) -> None:
         super().__init__()
         check_heads(width, num_heads)
         self.num_heads = num_heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(context_width, width)
         self.value = nn.Linear(context_width, width)
-        self.out = nn.Linear(width, width)
+        self.out = nn.Linear(width, out_width or width)
 
     def forward(self, hidden: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`[B, N, D]` and `[B, M, C]` to `[B, N, D]`; `mask` is bool and fits `[B, heads, N, M]`."""
+        """`[B, N, D]` and `[B, M, C]` to `[B, N, out_width]`; `mask` is bool and fits `[B, heads, N, M]`."""
         query, key, value = (
             project(sequence).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N or M, D / heads]
             for project, sequence in ((self.query, hidden), (self.key, context), (self.value, context))

@@ -35,10 +35,10 @@ LARGE_FILE = f"{VISUAL}/{lavit.LARGE_DECODER}.bin"
 CONDITION_PARTS = {
     "unet_proj_1": "first",
     "unet_proj_2": "second",
-    "unet_attnpool.q_proj": "query",
-    "unet_attnpool.k_proj": "key",
-    "unet_attnpool.v_proj": "value",
-    "unet_attnpool.c_proj": "pooled",
+    "unet_attnpool.q_proj": "pool.query",
+    "unet_attnpool.k_proj": "pool.key",
+    "unet_attnpool.v_proj": "pool.value",
+    "unet_attnpool.c_proj": "pool.out",
 }
 CONDITION_NAMES = {
     f"{theirs}.{leaf}": f"{ours}.{leaf}" for theirs, ours in CONDITION_PARTS.items() for leaf in ("weight", "bias")
@@ -157,7 +157,7 @@ def _write_large(upstream: UpstreamConfig, codec: Plan, source: Path, folder: Pa
         in_features=weights["positions"].shape[1],
         tokens=len(weights["positions"]) - 1,
         widths=(len(weights["first.bias"]), len(weights["second.bias"])),
-        pooled_width=len(weights["pooled.bias"]),
+        pooled_width=len(weights["pool.out.bias"]),
         num_heads=codec.config.resampler["num_heads"],
     ).to(weights["positions"].dtype)
     condition.load_state_dict(weights)
