@@ -11,8 +11,12 @@ from unimm.generation import engine
 from unimm.sequence import VisualVocabulary
 from unimm.training.policy import SamplingPolicy
 from unimm.unified import UniMMConfig
+from unimm.unified.decoder import CachedDecoder
+from unimm.unified.recorded import RecordedDecoder
 
 BOI, EOI, PAD, END = 1, 2, 0, 4
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 TEXT_ROWS, SCALE = 120, 2.5
 SIZES = {
     "hidden_size": 32,
@@ -225,13 +229,14 @@ def test_equal_prompts_are_read_once():
     assert [kwargs["input_ids"].shape[0] for kwargs in read] == [2]
 
 
+@pytest.mark.parametrize("kind", [CachedDecoder, RecordedDecoder])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_steps_of_any_width_equal_one_pass(family):
+def test_steps_of_any_width_equal_one_pass(family, kind):
     model = build(family, vision_layers_before=1, vision_norm=True)
     asked = prompts()
     new = torch.randint(TEXT_ROWS, TEXT_ROWS + 40, (3, 6))
-    decoder = model.decoder()
+    decoder = kind(model)
     states = [decoder.prefill(**asked, capacity=1)]
     states += [decoder.step(part) for part in (new[:, :1], new[:, 1:4])]
     decoder.step(new[:, :2])
@@ -245,6 +250,21 @@ def test_steps_of_any_width_equal_one_pass(family):
     ).last_hidden_state[:, -7:]
     torch.testing.assert_close(torch.cat(states, dim=1), whole, rtol=1e-4, atol=1e-4)
     assert decoder.logits(whole[:, 0], torch.tensor([3, 1])).allclose(model.lm_head(whole[:, 0])[:, [3, 1]], atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shapes", [SIZED, NESTED], ids=["sized", "nested"])
+def test_recorded_steps_equal_the_stock_loop(shapes, device, window, calls, monkeypatch):
+    """Prompts of many lengths, as the cache of a recording has a fixed one."""
+    model = build(shapes=shapes).to(device)
+    monkeypatch.setattr(type(model), "decoder", lambda self: RecordedDecoder(self))
+    for lengths in ((5, 3, 7, 5), (2,), (19, 4)):
+        asked = {name: value.to(device) for name, value in prompts(lengths).items()}
+        options = {"do_sample": False, "guidance_scale": SCALE, "max_new_tokens": 40}
+        stock = model.generate(**asked, **options, stock=True)
+        assert model.generate(**asked, **options, jacobi_window=window).equal(stock)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("sizes", [(40,), (30, 20)], ids=["one code", "two codes"])

@@ -270,7 +270,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     place = _place(arguments)
     if arguments.config:
-        model = random_model(arguments.config, codes=arguments.codes, dtype=place["dtype"]).to(place["device"])
+        model = random_model(arguments.config, codes=arguments.codes, **place)
     else:
         model = _load(arguments).model
     machine = Machine.measure(model.device)

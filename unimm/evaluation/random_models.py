@@ -37,8 +37,8 @@ SIZES = {
 PATCH = 16
 
 
-def random_model(name: str, *, codes: int, dtype: torch.dtype) -> UniMMForConditionalGeneration:
-    """A model of a size, whose pictures are squares of `codes` positions.
+def random_model(name: str, *, codes: int, dtype: torch.dtype, device: str = "cpu") -> UniMMForConditionalGeneration:
+    """A model of a size, made where it will be, whose pictures are squares of `codes` positions.
 
     Raises:
         ValueError: an unknown size, or a number of codes that is no square.
@@ -82,6 +82,7 @@ def random_model(name: str, *, codes: int, dtype: torch.dtype) -> UniMMForCondit
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return UniMMForConditionalGeneration(config).eval()
+        with torch.device(device):
+            return UniMMForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(previous)

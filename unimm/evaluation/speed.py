@@ -28,7 +28,7 @@ PROMPT, ANSWER = 8, 16  # ids
 GUIDANCE, TOP_K = 3.0, 1_000
 PICTURES = 4  # per batch of the codec and of a training step
 BYTES = {"bfloat16": 2, "int8": 1}
-READ_BYTES = 2**28
+READ_BYTES = {"cpu": 2**28, "cuda": 2**32}  # many times the last cache
 PRODUCT = 1_024
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": TOP_K}
@@ -161,11 +161,12 @@ class Machine:
         """Read a large block and multiply two large matrices, a few times each."""
         single = device.type == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if single else time.perf_counter
-        block = torch.ones(READ_BYTES // 4, device=device)
+        number = READ_BYTES.get(device.type, READ_BYTES["cpu"])
+        block = torch.ones(number // 4, device=device)
         square = torch.ones(PRODUCT, PRODUCT, device=device)
         reading = min(_seconds(lambda: block.sum().item(), clock) for _ in range(5))
         multiplying = min(_seconds(lambda: (square @ square)[0, 0].item(), clock) for _ in range(5))
-        return cls(READ_BYTES / reading, 2 * PRODUCT**3 / multiplying, clock)
+        return cls(number / reading, 2 * PRODUCT**3 / multiplying, clock)
 
 
 def _seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from unimm.rewards.base import Drawing, Reward
 from unimm.scorers.facts import SceneFacts
-from unimm.scorers.scene import has_clean_border
+from unimm.scorers.scene import foreground, has_clean_border
 from unimm.scorers.word import ink_colour, read_word, stray_ink
 
 MAX_STRAY = 0.1  # of the ink may lie beside the word; more is spam, which earns nothing
@@ -51,7 +51,7 @@ def _exact(images: Sequence[Image.Image], drawings: Sequence[Drawing]) -> list[f
 
 def _ink(images: Sequence[Image.Image], drawings: Sequence[Drawing]) -> list[float]:
     return [
-        float(has_clean_border(image) and ink_colour(image) == drawing.facts.ink)
+        float(has_clean_border(foreground(image)) and ink_colour(image) == drawing.facts.ink)
         for image, drawing in zip(images, drawings, strict=True)
     ]
 

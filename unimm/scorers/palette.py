@@ -32,10 +32,17 @@ _RGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0
 _D65 = np.array([0.9505, 1.0, 1.089])
 
 
+def _to_linear(values: np.ndarray) -> np.ndarray:
+    scaled = np.asarray(values, dtype=np.float64) / 255
+    return np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
+
+
+_LINEAR = _to_linear(np.arange(256))  # powers are most of the work, and bytes have only these
+
+
 def to_lab(rgb: np.ndarray) -> np.ndarray:
     """sRGB values in [0, 255], `[..., 3]`, to CIE Lab under D65."""
-    scaled = np.asarray(rgb, dtype=np.float64) / 255
-    linear = np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
+    linear = _LINEAR[rgb] if rgb.dtype == np.uint8 else _to_linear(rgb)
     ratio = linear @ _RGB_TO_XYZ.T / _D65
     cube = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
     return np.stack(

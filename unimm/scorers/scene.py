@@ -64,20 +64,21 @@ def foreground(image: Image.Image) -> np.ndarray:
     return np.linalg.norm(lab - _border_median(lab), axis=-1) > FOREGROUND_DISTANCE
 
 
-def has_clean_border(image: Image.Image) -> bool:
-    """Whether the picture stands on a plain ground: at most a tenth of its border differs from the border's median."""
-    border = np.ones((image.height, image.width), dtype=bool)
+def has_clean_border(ink: np.ndarray) -> bool:
+    """Whether the ground of a picture with this `foreground` is plain: at most a tenth of its border is ink."""
+    border = np.ones_like(ink)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
-    return float(foreground(image)[border].mean()) <= MAX_BORDER_INK
+    return float(ink[border].mean()) <= MAX_BORDER_INK
 
 
 def find_objects(image: Image.Image) -> list[FoundObject]:
     """Every object of at least 60 pixels; none where the ground is not plain, so that noise shows nothing."""
-    if not has_clean_border(image):
+    ink = foreground(image)
+    if not has_clean_border(ink):
         return []
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     ground = _border_median(pixels)
-    labels, _ = ndimage.label(foreground(image), structure=np.ones((3, 3)))
+    labels, _ = ndimage.label(ink, structure=np.ones((3, 3)))
     found = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
         tinted = labels[box] == index

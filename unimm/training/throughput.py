@@ -37,12 +37,14 @@ class Throughput:
         trainer, loop: tokens per second, padding left out.
         ratio: median over the steps of the loop's time by the trainer's, on the same batch.
         steps: counted of each.
+        gigabytes: of an accelerator that were in use at most; 0 on a CPU.
     """
 
     trainer: float
     loop: float
     ratio: float
     steps: int
+    gigabytes: float
 
 
 class _Clock(TrainerCallback):
@@ -88,6 +90,7 @@ def measure_throughput(recipe: LanguageRecipe, *, rounds: int = 3, steps: int = 
         loop=median(number / seconds for number, seconds in zip(tokens, loop_times, strict=True)),
         ratio=median(bare / whole for bare, whole in zip(loop_times, trainer_times, strict=True)),
         steps=len(tokens),
+        gigabytes=torch.accelerator.max_memory_allocated() / 1e9 if torch.accelerator.is_available() else 0.0,
     )
 
 
@@ -140,6 +143,8 @@ def _loop_times(
     """The same of a loop without loader, log, schedule or checks."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model.to(device).train()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     optimizer, times = build_optimizer(model, recipe.optimizer), []
     for batch in batches:
         begin = time.perf_counter()

@@ -7,7 +7,7 @@ pass for guidance, growing the cache by copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,38 @@ def projection(linear: nn.Module) -> Projection:
     return product(linear.weight, linear.bias) if type(linear) is nn.Linear else linear
 
 
+def joined(linears: Sequence[nn.Module]) -> Projection:
+    """What layers over the same rows do, side by side.
+
+    Plain layers become neighbours in memory, the weight of each a part of the whole, so that one product reads all of
+    them and nothing is stored twice.
+    """
+    plain = [linear for linear in linears if type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor]
+    biases: list[torch.Tensor] = [linear.bias for linear in plain if linear.bias is not None]
+    if len(plain) < len(linears) or len(biases) not in (0, len(plain)):
+        each = [projection(linear) for linear in linears]
+        return lambda rows: torch.cat([project(rows) for project in each], dim=-1)
+    return product(_neighbours([linear.weight for linear in plain]), torch.cat(biases) if biases else None)
+
+
+def _neighbours(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The whole `[O, I]` of weights `[O_i, I]`, which are moved into it where they do not lie so already."""
+    first, start, inputs = weights[0], weights[0].storage_offset(), weights[0].shape[1]
+    starts = [start + inputs * sum(len(weight) for weight in weights[:place]) for place in range(len(weights))]
+    whole = first.detach()
+    if not all(
+        weight.is_contiguous()
+        and weight.storage_offset() == offset
+        and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for weight, offset in zip(weights, starts, strict=True)
+    ):
+        whole = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+            weight.data = part
+        start = 0
+    return whole.as_strided((sum(len(weight) for weight in weights), inputs), (inputs, 1), start)
+
+
 def rms_norm(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """The norm of this family over the last dimension."""
     return F.rms_norm(states, states.shape[-1:], None, epsilon) * weight
@@ -80,10 +112,9 @@ class Layer:
         self.is_vision = is_vision
         self.input_norm, self.inner_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.head_norm = _head_norm(attention) if has_head_norms else None
-        self.query, self.key, self.value, self.out = (
-            projection(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        )
-        self.gate, self.up, self.down = (projection(linear) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.queries_keys_values = joined((attention.q_proj, attention.k_proj, attention.v_proj))
+        self.gate_up = joined((mlp.gate_proj, mlp.up_proj))
+        self.out, self.down = projection(attention.o_proj), projection(mlp.down_proj)
         self.activation = mlp.act_fn
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
 
@@ -145,23 +176,25 @@ class CachedDecoder:
 
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states `[R, W, D]` of the next ids `[R, W]`, which the cache then holds."""
+        width = input_ids.shape[1]
+        self._make_room(width)
+        states = self._forward(input_ids, self.length + torch.arange(width, device=input_ids.device))
+        self.length += width
+        return states
+
+    def _forward(self, input_ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[R, W, D]` of ids `[R, W]` that take the places `[W]` of the cache."""
         rows, width = input_ids.shape
-        if self.length + width > self.keys[0].shape[2]:
-            self._grow(self.length + width)
-        positions = self.starts + self.length + torch.arange(width, device=input_ids.device)
         hidden = self.body.embed_tokens(input_ids).flatten(0, 1)  # [R W, D]
         image = self.vocabulary.is_visual(input_ids).view(-1, 1) if self.has_vision_path else None
-        cos, sin = self.body.rotary_emb(hidden, positions)  # [R, W, head width]
+        cos, sin = self.body.rotary_emb(hidden, self.starts + places)  # [R, W, head width]
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
         rotation = (cos[:, :, None], sin[:, :, None])
-        mask = self._mask(rows, width)
-        for index, layer in enumerate(self.layers):
-            attended = hidden + self._attend(index, layer, hidden, rotation, mask)
-            normed = rms_norm(attended, *layer.inner_norm)
-            changed = attended + layer.down(layer.activation(layer.gate(normed)) * layer.up(normed))
+        mask = self._mask(rows, places)
+        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+            changed = self._through(layer, hidden, rotation, mask, keys, values, places)
             hidden = torch.where(image, changed, hidden) if layer.is_vision and image is not None else changed
-        self.length += width
         return self._final_norm(hidden, image).view(rows, width, -1)
 
     def rewind(self, positions: int) -> None:
@@ -181,27 +214,42 @@ class CachedDecoder:
         assert isinstance(self.head.weight, torch.Tensor)
         return product(self.head.weight[rows])
 
-    def _attend(
+    def _through(
         self,
-        index: int,
         layer: Layer,
         hidden: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hidden states `[R W, D]` after a layer whose cache is `keys` and `values`."""
+        attended = hidden + self._attend(layer, hidden, rotation, mask, keys, values, places)
+        gate, up = layer.gate_up(rms_norm(attended, *layer.inner_norm)).chunk(2, dim=-1)
+        return attended + layer.down(layer.activation(gate) * up)
+
+    def _attend(
+        self,
+        layer: Layer,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        places: torch.Tensor,
     ) -> torch.Tensor:
         rows, width = rotation[0].shape[:2]
         shape = (rows, width, -1, layer.head_dim)
-        normed = rms_norm(hidden, *layer.input_norm)
-        both = torch.cat([layer.query(normed).reshape(shape), layer.key(normed).reshape(shape)], dim=2)
+        every = layer.queries_keys_values(rms_norm(hidden, *layer.input_norm)).reshape(shape)
+        both, value = every.split([self.heads * (self.groups + 1), self.heads], dim=2)
         if layer.head_norm is not None:
             both = rms_norm(both, *layer.head_norm)
         cos, signed_sin = rotation
         both = torch.addcmul(both * cos, both.roll(layer.head_dim // 2, dims=-1), signed_sin)
         query, key = both.split([self.heads * self.groups, self.heads], dim=2)  # [R, W, heads, head width]
-        keys = self.keys[index].narrow(2, 0, self.length + width)
-        values = self.values[index].narrow(2, 0, self.length + width)
-        keys.narrow(2, self.length, width).copy_(key.transpose(1, 2))
-        values.narrow(2, self.length, width).copy_(layer.value(normed).reshape(shape).transpose(1, 2))
+        keys = self._remember(keys, key.transpose(1, 2), places)
+        values = self._remember(values, value.transpose(1, 2), places)
         # The query heads that share a key head become query positions, so that keys and values are read once.
         if width == 1:
             grouped = query.reshape(rows, self.heads, self.groups, layer.head_dim)
@@ -212,8 +260,15 @@ class CachedDecoder:
             mixed = mixed.unflatten(2, (self.groups, width)).permute(0, 3, 1, 2, 4)
         return layer.out(mixed.reshape(rows * width, -1))
 
-    def _mask(self, rows: int, width: int) -> torch.Tensor | None:
+    def _remember(self, cache: torch.Tensor, new: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Write `[R, heads, W, width]` behind what the cache holds, and give what it holds then."""
+        filled = cache.narrow(2, 0, self.length + len(places))
+        filled.narrow(2, self.length, len(places)).copy_(new)
+        return filled
+
+    def _mask(self, rows: int, places: torch.Tensor) -> torch.Tensor | None:
         """What is added to the scores `[R, 1, groups W, T]` of this step; None where every place may be seen."""
+        width = len(places)
         if self.padding is None and width == 1:
             return None
         end = self.length + width
@@ -235,10 +290,13 @@ class CachedDecoder:
         """`[R, heads, T, width]` with room for `capacity` positions."""
         return F.pad(filled, (0, 0, 0, max(capacity - filled.shape[2], 0)))
 
-    def _grow(self, needed: int) -> None:
-        capacity = max(needed, 2 * self.keys[0].shape[2])
-        self.keys = [self._room(keys, capacity) for keys in self.keys]
-        self.values = [self._room(values, capacity) for values in self.values]
+    def _make_room(self, width: int) -> None:
+        """Let the cache hold `width` more positions."""
+        needed = self.length + width
+        if needed > self.keys[0].shape[2]:
+            capacity = max(needed, 2 * self.keys[0].shape[2])
+            self.keys = [self._room(keys, capacity) for keys in self.keys]
+            self.values = [self._room(values, capacity) for values in self.values]
 
 
 def _norm(norm: Any) -> tuple[torch.Tensor, float]:

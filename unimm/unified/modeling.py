@@ -20,6 +20,7 @@ from unimm.unified.configuration import UniMMConfig
 from unimm.unified.decoder import CachedDecoder, is_covered
 from unimm.unified.losses import factored_cross_entropy
 from unimm.unified.reader import FeatureReader
+from unimm.unified.recorded import RecordedDecoder
 from unimm.unified.rows import code_rows, extend_rows
 from unimm.unified.vision_layers import ModalityNorm, add_vision_layers, later_layers, split_norm
 
@@ -320,7 +321,9 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
     def decoder(self) -> CachedDecoder | None:
         """A fresh decoder for one batch; None for families of bodies that it does not cover, and weights in pieces."""
         devices = {weight.device for weight in self.model.language_model.parameters()}
-        return CachedDecoder(self) if len(devices) == 1 and is_covered(self.config.text_config) else None
+        if len(devices) > 1 or not is_covered(self.config.text_config):
+            return None
+        return RecordedDecoder(self) if devices.pop().type == "cuda" else CachedDecoder(self)
 
     def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Ids with the codes of the pictures in place of placeholders; see `UniMMModel.place_pictures`."""
