@@ -5,6 +5,7 @@
 #   sft-N       as many steps of SFT, of as many conversations as GRPO has drawings, with GRPO's optimiser
 #   start       the model that all of them begin with
 #   start-best  its best of 8 drawings, chosen by a reward that knows the facts as the judge does
+# JOBS of them run at once: one on a CPU, all of them on a GPU, which a model of this size leaves idle.
 # Every model is judged at its own temperature (judged) and at 1 (judged-at-1); prompts of the judge are held out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,6 +17,8 @@ FOLDER=${FOLDER:-runs/tiny-grpo}
 SEEDS=${SEEDS:-2 3 4}
 STEPS=${STEPS:-300}
 LIMIT=${LIMIT:-200}
+LR=${LR:-2.0e-4}
+JOBS=${JOBS:-1}
 
 judge() {  # name, model, folder of the report, options
     [ -f "$FOLDER/$1/$3/report.json" ] ||
@@ -31,12 +34,18 @@ train() {  # name, seed, recipe, overrides
     judge_both "$1-$2" "$FOLDER/$1-$2/model"
 }
 
-judge_both start "$START"
-judge_both start-best "$START" --best-of 8
+job() {  # a command, once fewer than JOBS are at work
+    while [ "$(jobs -pr | wc -l)" -ge "$JOBS" ]; do wait -n; done
+    "$@" &
+}
+
 for seed in $SEEDS; do
-    train grammar "$seed" grpo prompts.seed="$seed"
-    train sft "$seed" sft data.folder="$ROWS" batch_size=128 micro_batch=32 optimizer.lr=5.0e-5 \
+    job train grammar "$seed" grpo prompts.seed="$seed" optimizer.lr="$LR"
+    job train stock "$seed" grpo prompts.seed="$seed" optimizer.lr="$LR" objective.score_under_grammar=false
+    job train sft "$seed" sft data.folder="$ROWS" batch_size=128 micro_batch=32 optimizer.lr="$LR" \
         optimizer.muon_lr=null optimizer.warmup=10 optimizer.weight_decay=0.0 logging.every=1
-    train stock "$seed" grpo prompts.seed="$seed" objective.score_under_grammar=false
 done
+job judge_both start "$START"
+job judge_both start-best "$START" --best-of 8
+while [ "$(jobs -pr | wc -l)" -gt 0 ]; do wait -n; done
 $UNIMM compare "$FOLDER"
