@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from unimm.generation.engine import Decoder, Engine, Unconditional, is_covered, pad_left
-from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
+from unimm.generation.processors import EVERYWHERE, ClassifierFreeGuidance, GrammarLogitsProcessor, check_interval
 
 GENERATION_MODES = (None, "text", "image")
 OWN_ARGUMENTS = ("guidance", "stock", "jacobi_window")
@@ -44,6 +44,7 @@ class UniMMGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         guidance_scale: float | torch.Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         negative_prompt_ids: torch.Tensor | None = None,
         generation_mode: str | None = None,
         stock: bool = False,
@@ -59,6 +60,9 @@ class UniMMGenerationMixin(GenerationMixin):
 
         Args:
             guidance_scale: strength of guidance inside pictures, or one per sample `[B]`; 1 or None turns it off.
+            guidance_interval: share of a picture's codes that is guided, (start, end) in [0, 1]: an approximation, for
+                which the engine reads no unconditional rows after the end of a picture that ends the answer. None takes
+                the generation config's, or the whole picture.
             negative_prompt_ids: what to steer away from, `[B, U]`, padded on the left; the empty request by default.
             generation_mode: `image` opens a picture at once and stops at its end, `text` opens none, None lets the
                 model decide.
@@ -68,8 +72,8 @@ class UniMMGenerationMixin(GenerationMixin):
             grid: (rows, columns) of the picture that mode `image` opens; the model's own default, or choice, if None.
 
         Raises:
-            ValueError: an unknown mode, a grid that no legal picture has, a window below 1 or beside the stock loop, or
-                guidance with beam search, assisted or prompt-lookup decoding.
+            ValueError: an unknown mode, a grid that no legal picture has, a window below 1 or beside the stock loop, an
+                interval that is none, or guidance with beam search, assisted or prompt-lookup decoding.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
@@ -83,6 +87,9 @@ class UniMMGenerationMixin(GenerationMixin):
         kwargs = config.update(**kwargs)
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
+        if guidance_interval is None:
+            guidance_interval = config.to_dict().get("guidance_interval") or EVERYWHERE
+        guidance_interval = check_interval(guidance_interval)
         config.guidance_scale = 1.0  # what is None, the stock loop fills in from the model and then guides by itself
         kwargs["jacobi_window"] = jacobi_window
         input_ids = kwargs.pop("input_ids", inputs)
@@ -103,7 +110,7 @@ class UniMMGenerationMixin(GenerationMixin):
             negative = append_tokens(negative, None, opening)[0]
         if isinstance(guidance_scale, torch.Tensor):
             guidance_scale = guidance_scale.to(input_ids.device).repeat_interleave(config.num_return_sequences or 1)
-        guidance = ClassifierFreeGuidance(self.config.grammar, guidance_scale)
+        guidance = ClassifierFreeGuidance(self.config.grammar, guidance_scale, guidance_interval)
         return super().generate(
             input_ids,
             config,

@@ -138,6 +138,7 @@ class UniMM:
         n: int = 1,
         seed: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         diffusion_steps: int = 0,
@@ -151,7 +152,9 @@ class UniMM:
             n: pictures per prompt.
             seed: repeats the drawings; None draws anew.
             guidance: strength of classifier-free guidance, 1 is none.
-            temperature, top_p: of sampling; temperature 0 is greedy. None of the three: as the model's generation
+            guidance_interval: share of a picture's codes that is guided, (0, 1) is the whole; see the model's
+                `generate`.
+            temperature, top_p: of sampling; temperature 0 is greedy. None of the four: as the model's generation
                 config says.
             diffusion_steps: 0 decodes by the codec in one pass, or where it makes no pixels by the detokenizer with as
                 many steps as published; any other number draws by the diffusion detokenizer.
@@ -159,8 +162,8 @@ class UniMM:
             size: (height, width) in pixels; the model's own default, or choice, if None.
 
         Raises:
-            ValueError: an empty prompt, one that is longer than the model takes, a size that it cannot draw, or no
-                detokenizer for diffusion steps.
+            ValueError: an empty prompt, one that is longer than the model takes, a size that it cannot draw, an
+                interval that is none, or no detokenizer for diffusion steps.
         """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not listed or not all(prompt.strip() for prompt in listed):
@@ -172,6 +175,7 @@ class UniMM:
             seed=seed,
             mode="image",
             guidance=guidance,
+            guidance_interval=guidance_interval,
             temperature=temperature,
             top_p=top_p,
             stock=stock,
@@ -240,6 +244,7 @@ class UniMM:
         guidance: float | None,
         temperature: float | None,
         top_p: float | None,
+        guidance_interval: tuple[float, float] | None = None,
         stock: bool = False,
         size: tuple[int, int] | None = None,
     ) -> list[list[int]]:
@@ -256,6 +261,7 @@ class UniMM:
             **inputs.to(self.device),
             generation_mode=mode,
             guidance_scale=guidance,
+            guidance_interval=guidance_interval,
             stock=stock,
             grid=None if size is None else self.processor.grid_of(*size),
             **sampling,

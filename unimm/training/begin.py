@@ -22,6 +22,7 @@ from transformers import (
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
 from unimm.data.conversations import TaskRates
 from unimm.data.rows import write_rows
+from unimm.generation import EVERYWHERE, check_interval
 from unimm.sequence import UniMMProcessor, train_text_tokenizer
 from unimm.training.adapter import AdapterConfig
 from unimm.training.language_data import RowsConfig, open_mixture, row_messages
@@ -65,11 +66,19 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the trained model samples unless told otherwise; saved in its generation config."""
+    """How the trained model samples unless told otherwise; saved in its generation config.
+
+    Raises:
+        ValueError: a `guidance_interval` that is none.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = EVERYWHERE
+
+    def __post_init__(self) -> None:
+        check_interval(self.guidance_interval)
 
 
 def begin_model(
@@ -150,6 +159,7 @@ def generation_config(processor: UniMMProcessor, sampling: SamplingConfig) -> Ge
         top_p=sampling.top_p,
         top_k=0,  # transformers would keep the 50 likeliest ids only
         guidance_scale=sampling.guidance_scale,
+        guidance_interval=list(sampling.guidance_interval),
         max_new_tokens=processor.grammar.longest + WORDS_PER_ANSWER,
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,

@@ -17,8 +17,9 @@ from unimm.codes import VisualCodes
 from unimm.generation import UniMMGenerationMixin
 from unimm.sequence import IGNORED_LABEL, ImageSpan, UniMMProcessor, shape_fields
 from unimm.unified.configuration import UniMMConfig
-from unimm.unified.decoder import CachedDecoder, is_covered
+from unimm.unified.decoder import is_covered
 from unimm.unified.losses import factored_cross_entropy
+from unimm.unified.narrowing import NarrowingDecoder
 from unimm.unified.reader import FeatureReader
 from unimm.unified.rows import code_rows, extend_rows
 from unimm.unified.vision_layers import ModalityNorm, add_vision_layers, later_layers, split_norm
@@ -317,10 +318,10 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         result.loss, result.text_loss, result.image_loss = factored.loss, factored.text_loss, factored.image_loss
         return result
 
-    def decoder(self) -> CachedDecoder | None:
+    def decoder(self) -> NarrowingDecoder | None:
         """A fresh decoder for one batch; None for families of bodies that it does not cover, and weights in pieces."""
         devices = {weight.device for weight in self.model.language_model.parameters()}
-        return CachedDecoder(self) if len(devices) == 1 and is_covered(self.config.text_config) else None
+        return NarrowingDecoder(self) if len(devices) == 1 and is_covered(self.config.text_config) else None
 
     def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Ids with the codes of the pictures in place of placeholders; see `UniMMModel.place_pictures`."""
