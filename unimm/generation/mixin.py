@@ -14,9 +14,13 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from unimm.generation.continuous import continuous_config
 from unimm.generation.engine import Decoder, Engine, Unconditional, is_covered, pad_left
 from unimm.generation.processors import EVERYWHERE, ClassifierFreeGuidance, GrammarLogitsProcessor, check_interval
 
@@ -119,6 +123,24 @@ class UniMMGenerationMixin(GenerationMixin):
             guidance=guidance,
             **kwargs,
         )
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: WorkloadHints | None = None,
+    ) -> ContinuousBatchingManager:
+        """As in transformers, where `generate_batch` and its manager come from, with the grammar on every request.
+
+        A request whose ids end in `picture_opening` and whose `eos_token_id` is that of `<eoi>` draws, one with
+        `draws=False` writes, and others decide; see `ContinuousGrammar`. Pictures in a prompt stand there as codes
+        (`placed`).
+
+        Raises:
+            ValueError: guidance or asynchronous batching; see `continuous_config`.
+        """
+        config = continuous_config(continuous_batching_config, generation_config or self.generation_config)
+        return super().init_continuous_batching(generation_config, config, workload_hints)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS})

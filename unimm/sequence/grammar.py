@@ -12,7 +12,7 @@ machine serves generation, the scoring of sampled answers, and packed rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -245,19 +245,25 @@ class SpanGrammar:
 
         Inside a picture of known size that is the rest of it; where the next id decides, it is one state.
         """
+        return list(self.coming(ids))
+
+    def coming(self, ids: Sequence[int]) -> Iterator[int]:
+        """The states of `ahead`, one after the other."""
         if (after := self._after_opening(ids)) is None:
-            return [0]
+            yield 0
+            return
         if (node := self._node_after(after)) is None:
-            return [self.num_states - 1]
+            yield self.num_states - 1
+            return
         if (shape := self._ends.get(node)) is None:
-            return [1 + self._continuations.index(frozenset(self._children[node]))]
-        states: list[int] = []
+            yield 1 + self._continuations.index(frozenset(self._children[node]))
+            return
         for seen in count(len(after) - len(shape.prefix)):
             positions, slot = divmod(seen, self.vocabulary.num_codebooks)
             if not slot and positions >= shape.min_positions:
-                return [*states, self.num_states - (1 if positions >= shape.max_positions else 2)]
-            states.append(self._slot_state + slot)
-        raise AssertionError("a picture has an end")
+                yield self.num_states - (1 if positions >= shape.max_positions else 2)
+                return
+            yield self._slot_state + slot
 
     def _after_opening(self, ids: Sequence[int]) -> Sequence[int] | None:
         """The ids after the `<boi>` of an open picture; None where none is open."""
