@@ -222,3 +222,12 @@ def test_bounds_are_two_numbers_and_digits_are_ten():
 def test_two_pictures_of_one_spelling_are_refused():
     with pytest.raises(ValueError, match="spells two pictures"):
         SpanGrammar(VOCABULARY, (SpanShape((1, 2), (5,), 2, 2), SpanShape((2, 1), (5,), 2, 2)))
+
+
+def test_a_grammar_of_one_length_keeps_the_pictures_that_can_have_it():
+    assert SIZED.of_length(4).shapes == (SpanShape((2, 2), (6, 9), 4, 4),)
+    assert PAIRED_NESTED.of_length(2).shapes == (SpanShape(None, (), 2, 2),)
+    assert len(PAIRED_NESTED.of_length(2).ahead([1])) == 5  # two positions of two codes, and the end
+    for grammar, number, shown in ((SIZED, 5, "2, 3, 4"), (NESTED, 4, "1 to 3"), (FIXED, 0, "4")):
+        with pytest.raises(ValueError, match=f"of {number} positions here: pictures have {shown}"):
+            grammar.of_length(number)

@@ -25,7 +25,7 @@ from unimm.generation.engine import Decoder, Engine, Unconditional, is_covered, 
 from unimm.generation.processors import EVERYWHERE, ClassifierFreeGuidance, GrammarLogitsProcessor, check_interval
 
 GENERATION_MODES = (None, "text", "image")
-OWN_ARGUMENTS = ("guidance", "stock", "jacobi_window")
+OWN_ARGUMENTS = ("guidance", "grammar", "stock", "jacobi_window")
 # Prompts in another form than ids, and caches that the caller holds, are for the stock loop.
 STOCK_ARGUMENTS = ("past_key_values", "position_ids", "inputs_embeds", "image_positions")
 
@@ -54,6 +54,7 @@ class UniMMGenerationMixin(GenerationMixin):
         stock: bool = False,
         jacobi_window: int = 1,
         grid: tuple[int, int] | None = None,
+        num_codes: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text and pictures; the arguments of transformers' `generate`, and these.
@@ -74,10 +75,13 @@ class UniMMGenerationMixin(GenerationMixin):
             jacobi_window: codes of a picture that one pass of the engine guesses and checks: the same drawing in
                 fewer passes of more rows each, which pays where arithmetic is idle.
             grid: (rows, columns) of the picture that mode `image` opens; the model's own default, or choice, if None.
+            num_codes: positions of every picture, each of K codes: where the codec decodes the first ones alone, the
+                picture is closed after so many, coarser and sooner. None leaves it to the model.
 
         Raises:
-            ValueError: an unknown mode, a grid that no legal picture has, a window below 1 or beside the stock loop, an
-                interval that is none, or guidance with beam search, assisted or prompt-lookup decoding.
+            ValueError: an unknown mode, a grid or number of codes that no legal picture has, a window below 1 or beside
+                the stock loop, an interval that is none, or guidance with beam search, assisted or prompt-lookup
+                decoding.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
@@ -85,9 +89,10 @@ class UniMMGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"jacobi_window is {jacobi_window} and stock {stock}; give 1 or more, and 1 with stock=True."
             )
+        grammar = self.config.grammar if num_codes is None else self.config.grammar.of_length(num_codes)
         config = copy.deepcopy(generation_config or self.generation_config)
         if generation_mode == "image":
-            config.max_new_tokens = self.config.grammar.longest  # an argument of the caller's comes after
+            config.max_new_tokens = grammar.longest  # an argument of the caller's comes after
         kwargs = config.update(**kwargs)
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
@@ -95,13 +100,13 @@ class UniMMGenerationMixin(GenerationMixin):
             guidance_interval = config.to_dict().get("guidance_interval") or EVERYWHERE
         guidance_interval = check_interval(guidance_interval)
         config.guidance_scale = 1.0  # what is None, the stock loop fills in from the model and then guides by itself
-        kwargs["jacobi_window"] = jacobi_window
+        kwargs["jacobi_window"], kwargs["grammar"] = jacobi_window, grammar
         input_ids = kwargs.pop("input_ids", inputs)
         vocabulary = self.config.vocabulary
         if generation_mode == "text":
             config.suppress_tokens = [*(config.suppress_tokens or []), vocabulary.boi_token_id]
         if generation_mode == "image":
-            opening = self.picture_opening(grid)
+            opening = self.picture_opening(grid, num_codes)
             input_ids, kwargs["attention_mask"] = append_tokens(input_ids, kwargs.get("attention_mask"), opening)
             config.eos_token_id = vocabulary.eoi_token_id
         kwargs = self._picture_inputs(input_ids, kwargs)
@@ -114,7 +119,7 @@ class UniMMGenerationMixin(GenerationMixin):
             negative = append_tokens(negative, None, opening)[0]
         if isinstance(guidance_scale, torch.Tensor):
             guidance_scale = guidance_scale.to(input_ids.device).repeat_interleave(config.num_return_sequences or 1)
-        guidance = ClassifierFreeGuidance(self.config.grammar, guidance_scale, guidance_interval)
+        guidance = ClassifierFreeGuidance(grammar, guidance_scale, guidance_interval)
         return super().generate(
             input_ids,
             config,
@@ -176,7 +181,7 @@ class UniMMGenerationMixin(GenerationMixin):
         ends = [token for criterion in stopping_criteria for token in _stop_ids(criterion)]
         engine = Engine(
             decoder,
-            self.config.grammar,
+            next(processor.grammar for processor in logits_processor if isinstance(processor, GrammarLogitsProcessor)),
             logits_processor,
             do_sample=bool(config.do_sample),
             pad_token_id=self.config.vocabulary.pad_token_id,
@@ -204,14 +209,15 @@ class UniMMGenerationMixin(GenerationMixin):
                 "follow; use greedy or sampled decoding, or guidance_scale=1."
             )
 
-    def picture_opening(self, grid: tuple[int, int] | None = None) -> list[int]:
+    def picture_opening(self, grid: tuple[int, int] | None = None, num_codes: int | None = None) -> list[int]:
         """Ids that mode `image` opens a picture with: `<boi>`, and the size where it is not left to the model.
 
         Raises:
-            ValueError: a grid that no legal picture has.
+            ValueError: a grid that no legal picture, or none of so many positions, has.
         """
-        chosen = grid or self.config.default_grid
-        size = () if chosen is None else self.config.grammar.shape_of(tuple(chosen)).prefix
+        chosen = grid or (self.config.default_grid if num_codes is None else None)
+        grammar = self.config.grammar if num_codes is None else self.config.grammar.of_length(num_codes)
+        size = () if chosen is None else grammar.shape_of(tuple(chosen)).prefix
         return [self.config.vocabulary.boi_token_id, *size]
 
     def _picture_inputs(self, input_ids: torch.Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:
@@ -235,8 +241,9 @@ class UniMMGenerationMixin(GenerationMixin):
         stock = super()._get_logits_processor(
             generation_config, *args, device=device, model_kwargs=model_kwargs, **kwargs
         )
-        guidance = (model_kwargs or {}).pop("guidance", None)
-        grammar = GrammarLogitsProcessor(self.config.grammar, device or self.device)
+        own = model_kwargs if model_kwargs is not None else {}
+        guidance, chosen = own.pop("guidance", None), own.pop("grammar", None)
+        grammar = GrammarLogitsProcessor(chosen or self.config.grammar, device or self.device)
         return LogitsProcessorList([*([guidance] if guidance else []), grammar, *stock])
 
     def prepare_inputs_for_generation(

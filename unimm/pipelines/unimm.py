@@ -144,6 +144,7 @@ class UniMM:
         diffusion_steps: int = 0,
         stock: bool = False,
         size: tuple[int, int] | None = None,
+        num_codes: int | None = None,
     ) -> list[Reply]:
         """Draw: `n` replies of one picture each per prompt, prompt by prompt.
 
@@ -160,10 +161,12 @@ class UniMM:
                 many steps as published; any other number draws by the diffusion detokenizer.
             stock: by the stock loop of transformers instead of the engine.
             size: (height, width) in pixels; the model's own default, or choice, if None.
+            num_codes: positions of every picture; fewer are coarser and sooner drawn, where the codec decodes the first
+                ones alone. None leaves it to the model.
 
         Raises:
-            ValueError: an empty prompt, one that is longer than the model takes, a size that it cannot draw, an
-                interval that is none, or no detokenizer for diffusion steps.
+            ValueError: an empty prompt, one that is longer than the model takes, a size or number of codes that it
+                cannot draw, an interval that is none, or no detokenizer for diffusion steps.
         """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not listed or not all(prompt.strip() for prompt in listed):
@@ -180,6 +183,7 @@ class UniMM:
             top_p=top_p,
             stock=stock,
             size=size,
+            num_codes=num_codes,
         )
         return self._replies(rows, diffusion_steps=diffusion_steps, seed=seed, prompts=asked)
 
@@ -247,6 +251,7 @@ class UniMM:
         guidance_interval: tuple[float, float] | None = None,
         stock: bool = False,
         size: tuple[int, int] | None = None,
+        num_codes: int | None = None,
     ) -> list[list[int]]:
         """Generated ids of every request, the picture's opening included."""
         if seed is not None:
@@ -264,6 +269,7 @@ class UniMM:
             guidance_interval=guidance_interval,
             stock=stock,
             grid=None if size is None else self.processor.grid_of(*size),
+            num_codes=num_codes,
             **sampling,
         )
         return output[:, inputs["input_ids"].shape[1] :].tolist()

@@ -13,7 +13,7 @@ machine serves generation, the scoring of sampled answers, and packed rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 
@@ -239,6 +239,27 @@ class SpanGrammar:
     def _shown_shapes(self) -> str:
         legal = [str(s.grid or f"{s.min_positions} to {s.max_positions} positions") for s in self.shapes]
         return ", ".join(legal[:8]) + (f" and {len(legal) - 8} more" if len(legal) > 8 else "")
+
+    def of_length(self, num_positions: int) -> SpanGrammar:
+        """The grammar of those pictures only that have so many positions; longer ones end there.
+
+        Raises:
+            ValueError: no legal picture has.
+        """
+        shapes = tuple(
+            replace(shape, min_positions=num_positions, max_positions=num_positions)
+            for shape in self.shapes
+            if shape.min_positions <= num_positions <= shape.max_positions
+        )
+        if not shapes:
+            lengths = sorted({(shape.min_positions, shape.max_positions) for shape in self.shapes})
+            legal = [str(low) if low == high else f"{low} to {high}" for low, high in lengths]
+            shown = ", ".join(legal[:8]) + (", ..." if len(legal) > 8 else "")
+            raise ValueError(
+                f"There is no picture of {num_positions} positions here: pictures have {shown}. Fewer are for codecs "
+                "whose first codes alone stand for the picture."
+            )
+        return SpanGrammar(self.vocabulary, shapes)
 
     def ahead(self, ids: Sequence[int]) -> list[int]:
         """The state after `ids`, and those that follow whatever the ids to come are.

@@ -16,10 +16,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedTokenizerBase,
 )
 
-from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
+from unimm.codec import VisualCodecModel
 from unimm.data.conversations import TaskRates
 from unimm.data.rows import write_rows
 from unimm.generation import EVERYWHERE, check_interval
@@ -27,7 +26,7 @@ from unimm.sequence import UniMMProcessor, train_text_tokenizer
 from unimm.training.adapter import AdapterConfig
 from unimm.training.language_data import RowsConfig, open_mixture, row_messages
 from unimm.training.loop import ON_CPU
-from unimm.unified import UniMMForConditionalGeneration, config_for
+from unimm.unified import UniMMForConditionalGeneration, config_for, processor_for
 
 WORDS_PER_ANSWER = 64  # room beside one picture
 TEXT_SAMPLES = 4_000  # rows whose words the text vocabulary is learned from
@@ -137,17 +136,6 @@ def begin_from_backbone(
         tokenizer,
         vision_layers_before=backbone.vision_layers_before,
         vision_layers_after=backbone.vision_layers_after,
-    )
-
-
-def processor_for(tokenizer: PreTrainedTokenizerBase, codec: VisualCodecModel) -> UniMMProcessor:
-    """The processor of a text vocabulary and a codec."""
-    return UniMMProcessor.from_tokenizer(
-        tokenizer,
-        VisualCodecImageProcessor.for_codec(codec.config),
-        grids=codec.config.length_policy.grids(),
-        codebook_sizes=codec.spec_without_fingerprint.sizes,
-        downsample=codec.config.downsample,
     )
 
 
