@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from unimm import UniMMForConditionalGeneration
@@ -130,6 +130,61 @@ def test_text_mode_and_scales_per_sample_equal_the_stock_loop(calls):
     assert not (rows == BOI).any()
     scales = torch.tensor([1.0, 2.0, 4.0])
     assert_equal_to_stock(model, calls, prompts(), guidance_scale=scales, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.4), (0.4, 0.7), (0.5, 1.0)])
+@pytest.mark.parametrize("shapes", [FIXED, SIZED, NESTED], ids=["fixed", "sized", "nested"])
+def test_guidance_of_a_part_equals_the_stock_loop(shapes, interval, calls):
+    model = build(sizes=(30, 20), shapes=shapes)
+    model.lm_head.weight.data[[BOI, END]] *= 2
+    asked = prompts((5, 3, 7, 5))
+    options = {"guidance_scale": SCALE, "guidance_interval": interval}
+    assert_equal_to_stock(model, calls, asked, generation_mode="image", max_new_tokens=14, **options)
+    assert_equal_to_stock(model, calls, asked, max_new_tokens=20, **options)
+
+
+def test_guidance_acts_inside_its_interval_only(tmp_path):
+    model = build(shapes=[{"grid": [4, 5], "prefix": [], "min_positions": 20, "max_positions": 20}])
+    options = {"generation_mode": "image", "do_sample": False, "max_new_tokens": 21}
+    asked, start = prompts((7,)), 8
+    whole, none = (model.generate(**asked, **options, guidance_scale=scale)[0, start:-1] for scale in (SCALE, 1.0))
+    first, last, all_of_it, nothing = (
+        model.generate(**asked, **options, guidance_scale=SCALE, guidance_interval=interval)[0, start:-1]
+        for interval in ((0.0, 0.5), (0.5, 1.0), (0.0, 1.0), (0.0, 0.01))
+    )
+    assert all_of_it.equal(whole)
+    assert nothing.equal(none)
+    assert first[:10].equal(whole[:10])
+    assert last[:10].equal(none[:10])
+    assert not first.equal(whole)
+    assert not last.equal(none)
+    GenerationConfig(guidance_scale=SCALE, guidance_interval=[0.0, 0.5]).save_pretrained(tmp_path)
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    assert model.generate(**asked, **options)[0, start:-1].equal(first)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_rows_that_guidance_no_longer_needs_are_not_read(window):
+    model = build(shapes=[{"grid": [4, 5], "prefix": [], "min_positions": 20, "max_positions": 20}])
+    rows = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    options = {"generation_mode": "image", "do_sample": False, "max_new_tokens": 21, "guidance_scale": SCALE}
+    drawn = [model.generate(**prompts(), **options, guidance_interval=(0.2, 0.6), jacobi_window=window)]
+    steps = rows[1:]  # the prompt is read before, equal rows of it once
+    if window == 1:
+        assert steps == [6] * 11 + [3] * 9
+    else:
+        assert steps == sorted(steps, reverse=True)
+        assert set(steps) == {6, 3}
+    drawn.append(model.generate(**prompts(), **options, guidance_interval=(0.2, 0.6), stock=True))
+    assert drawn[0].equal(drawn[1])
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.2), (-0.1, 0.5), (0.0, 1.1), (0.5,), (0.0, 0.5, 1.0)])
+def test_intervals_that_cannot_be_are_refused(interval):
+    for scale in (SCALE, 1.0):
+        with pytest.raises(ValueError, match="guidance_interval"):
+            build().generate(**prompts(), guidance_scale=scale, guidance_interval=interval)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -264,7 +319,10 @@ def test_recorded_steps_equal_the_stock_loop(shapes, device, window, calls, monk
         options = {"do_sample": False, "guidance_scale": SCALE, "max_new_tokens": 40}
         stock = model.generate(**asked, **options, stock=True)
         assert model.generate(**asked, **options, jacobi_window=window).equal(stock)
-    assert len(calls) == 3
+        options |= {"generation_mode": "image", "guidance_interval": (0.0, 0.5)}  # the unconditional rows are dropped
+        stock = model.generate(**asked, **options, stock=True)
+        assert model.generate(**asked, **options, jacobi_window=window).equal(stock)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("sizes", [(40,), (30, 20)], ids=["one code", "two codes"])

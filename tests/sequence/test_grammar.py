@@ -82,7 +82,7 @@ def test_masks_equal_the_slow_machine(name):
         for position, state in enumerate(states):
             allowed = set(grammar.table[state].nonzero().flatten().tolist())
             assert allowed == slow_allowed(grammar, ids[: position + 1])
-        assert grammar.in_span(padded).tolist() == [slow_allowed(grammar, ids) != TEXT]
+        assert bool(grammar.states(padded)[0, -1]) == (slow_allowed(grammar, ids) != TEXT)
 
     check()
 
@@ -101,6 +101,37 @@ def test_states_ahead_hold_whatever_follows(name):
 
     check()
     assert FIXED.ahead([4, 1]) == [*[FIXED.states(torch.tensor([[1]])).item()] * 4, FIXED.num_states - 1]
+
+
+SHARES = ((0.0, 1.0), (0.0, 0.5), (0.3, 0.8), (0.5, 1.0))
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_a_share_of_a_picture_is_the_same_in_rows_and_ahead(name):
+    grammar = GRAMMARS[name]
+
+    @given(legal_walks(grammar), st.sampled_from(SHARES))
+    @settings(max_examples=60, deadline=None)
+    def check(ids, share):
+        inside = grammar.within(torch.tensor([ids]), share)[0].tolist()
+        for position in range(len(ids)):
+            steps = grammar.steps_within(ids[: position + 1], share)
+            known = len(grammar.ahead(ids[: position + 1]))
+            told = [step in steps for step in range(known)]
+            assert told[: len(ids) - position] == inside[position : position + known]
+
+    check()
+
+
+def test_shares_are_rounded_to_whole_codes():
+    ids = torch.tensor([[4, 1, 20, 21, 22, 23, 2, 4]])  # a picture of four codes
+    inside = {share: FIXED.within(ids, share)[0].nonzero().flatten().tolist() for share in SHARES}
+    assert inside == {(0.0, 1.0): [1, 2, 3, 4], (0.0, 0.5): [1, 2], (0.3, 0.8): [2, 3], (0.5, 1.0): [3, 4]}
+    ids = torch.tensor([[1, 6, 9, 20, 21, 22, 23, 2]])  # whose size is spelled
+    assert SIZED.within(ids, (0.0, 0.5))[0].tolist() == [True] * 4 + [False] * 4
+    assert SIZED.within(ids, (0.5, 1.0))[0].nonzero().flatten().tolist() == [4, 5]
+    ids = torch.tensor([[1, 5, 20, 24, 21, 25, 2]])  # two codes at each of two positions
+    assert PAIRED.within(ids, (0.25, 1.0))[0].nonzero().flatten().tolist() == [2, 3, 4]
 
 
 @given(st.sampled_from([(1, 2), (2, 2), (1, 3)]), st.data())
@@ -191,3 +222,12 @@ def test_bounds_are_two_numbers_and_digits_are_ten():
 def test_two_pictures_of_one_spelling_are_refused():
     with pytest.raises(ValueError, match="spells two pictures"):
         SpanGrammar(VOCABULARY, (SpanShape((1, 2), (5,), 2, 2), SpanShape((2, 1), (5,), 2, 2)))
+
+
+def test_a_grammar_of_one_length_keeps_the_pictures_that_can_have_it():
+    assert SIZED.of_length(4).shapes == (SpanShape((2, 2), (6, 9), 4, 4),)
+    assert PAIRED_NESTED.of_length(2).shapes == (SpanShape(None, (), 2, 2),)
+    assert len(PAIRED_NESTED.of_length(2).ahead([1])) == 5  # two positions of two codes, and the end
+    for grammar, number, shown in ((SIZED, 5, "2, 3, 4"), (NESTED, 4, "1 to 3"), (FIXED, 0, "4")):
+        with pytest.raises(ValueError, match=f"of {number} positions here: pictures have {shown}"):
+            grammar.of_length(number)

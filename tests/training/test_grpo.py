@@ -36,7 +36,7 @@ SAMPLING = {
     "cool": {"temperature": 0.6},
     "nucleus": {"top_p": 0.7},
     "guided": {"guidance_scale": 2.5},
-    "all": {"temperature": 0.8, "top_p": 0.8, "guidance_scale": 1.7},
+    "all": {"temperature": 0.8, "top_p": 0.8, "guidance_scale": 1.7, "guidance_interval": (0.25, 0.75)},
 }
 
 

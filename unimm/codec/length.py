@@ -49,6 +49,11 @@ class LengthPolicy(ABC):
     def max_length(self) -> int:
         return max(rows * columns for rows, columns in self.grids())
 
+    @property
+    def min_length(self) -> int:
+        """The fewest codes of a picture, where they lie on no grid; all numbers up to `max_length` are legal."""
+        return self.max_length
+
     def grid(self, height: int, width: int, downsample: int) -> tuple[int, int]:
         """The encoder's grid of a picture of `height` x `width` pixels.
 
@@ -141,14 +146,17 @@ class SequenceLength(LengthPolicy):
     def max_length(self) -> int:
         return self.tokens
 
+    @property
+    def min_length(self) -> int:
+        return 1 if self.prefixes else self.tokens
+
     def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
         length = self.tokens if num_tokens is None else num_tokens
         self.check_length(length)
         return Arrangement(1, length)
 
     def check_length(self, length: int) -> None:
-        shortest = 1 if self.prefixes else self.tokens
-        if not shortest <= length <= self.tokens:
+        if not self.min_length <= length <= self.tokens:
             legal = f"1 to {self.tokens}" if self.prefixes else f"exactly {self.tokens}"
             raise ValueError(f"There are {length} codes per picture; this codec makes and decodes {legal}.")
 
@@ -238,6 +246,10 @@ class KeptLength(LengthPolicy):
     @property
     def ragged(self) -> bool:
         return True
+
+    @property
+    def min_length(self) -> int:
+        return 1
 
     def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
         if num_tokens is not None:

@@ -5,10 +5,11 @@ In: scores and ids. Out: scores and ids, legal and guided. Never knows where ids
 
 from unimm.generation.engine import Decoder, Engine
 from unimm.generation.mixin import UniMMGenerationMixin
-from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
+from unimm.generation.processors import EVERYWHERE, ClassifierFreeGuidance, GrammarLogitsProcessor, check_interval
 from unimm.generation.streaming import AnswerStreamer, PictureRows, TextPiece
 
 __all__ = [
+    "EVERYWHERE",
     "AnswerStreamer",
     "ClassifierFreeGuidance",
     "Decoder",
@@ -17,4 +18,5 @@ __all__ = [
     "PictureRows",
     "TextPiece",
     "UniMMGenerationMixin",
+    "check_interval",
 ]

@@ -1,9 +1,9 @@
 """The fast way through a generation: the loop of stock `generate` for greedy and sampled answers, step by step cheaper.
 
 In: prepared prompts, processors and stopping criteria. Out: the sequences that the stock loop gives, the same ids under
-greedy decoding and the same distribution under sampling. Guidance doubles the batch, equal prompts are read once, the
-head computes only the rows that the grammar allows, sampling sees only those, and inside a picture the host never waits
-for an id: which rows are legal at each place of a picture is known before it is drawn.
+greedy decoding and the same distribution under sampling. Guidance doubles the batch for as long as it acts, equal
+prompts are read once, the head computes only the rows that the grammar allows, sampling sees only those, and inside a
+picture the host never waits for an id: which rows are legal at each place of a picture is known before it is drawn.
 
 With a window the codes of a picture are guessed ahead and checked together (Jacobi iteration on fixed noise; compare
 2410.01699 and 2510.24211). Sampling by the Gumbel trick makes a code a function of the codes before it and of its own
@@ -62,6 +62,17 @@ class Decoder(Protocol):
 
     def logits(self, hidden: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         """Logits `[R, S]` of hidden states `[R, D]`."""
+
+    def keep(self, rows: int) -> None:
+        """Go on with the first rows only."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A place to come: the state of the grammar there, and whether guidance acts."""
+
+    state: int
+    guided: bool
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,7 @@ class Engine:
         self.pad_token_id, self.stop_ids = pad_token_id, stop_ids
         self.warpers = [processor for processor in processors if isinstance(processor, WARPERS)]
         self.guidance = next((p for p in processors if isinstance(p, ClassifierFreeGuidance)), None)
+        self.doubled = self.guidance is not None  # the unconditional rows stand below, until none is needed any more
         self.suppressed = [
             token
             for processor in processors
@@ -181,14 +193,16 @@ class Engine:
         capacity = min(max_length, length + self.grammar.longest)
         hidden = self._read(prompt, attention_mask, unconditional, capacity)
         while True:
-            plans = [None if done else self.grammar.ahead(row) for row, done in zip(rows, finished, strict=True)]
+            plans = [None if done else self._plan(row) for row, done in zip(rows, finished, strict=True)]
             known = min(len(plan) for plan in plans if plan)
             steps = min(known, max_length - length)
+            guided = max(self._guided(row) for row, done in zip(rows, finished, strict=True) if not done)
             if self.window > 1 and not keep_scores and all(plan == plans[0] for plan in plans):
                 assert plans[0] is not None
-                run = self._ahead(hidden[:, -1], plans[0][:steps])
+                run = self._ahead(hidden[:, -1], plans[0][:steps], guided)
             else:
-                run = self._one_by_one(hidden[:, -1], [plan and plan[:steps] for plan in plans], scores, keep_scores)
+                cut = [plan and plan[:steps] for plan in plans]
+                run = self._one_by_one(hidden[:, -1], cut, guided, scores, keep_scores)
             for step, ids in enumerate(run):
                 sequences[:, length + step] = ids
                 if streamer is not None:
@@ -200,7 +214,7 @@ class Engine:
                 finished[place] = finished[place] or not self.stop_ids.isdisjoint(added)
             if all(finished) or length == max_length:
                 break
-            hidden = self._step(sequences[:, length - 1 : length])
+            hidden = self._step(sequences[:, length - 1 : length], steps < guided)
         if streamer is not None:
             streamer.end()
         return Drawn(sequences[:, :length], tuple(scores) if keep_scores else None)
@@ -220,18 +234,36 @@ class Engine:
             capacity + width - prompt.shape[1],
         )
 
-    def _step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states after ids `[B, W]`, the unconditional rows below."""
-        return self.decoder.step(ids if self.guidance is None else ids.repeat(2, 1))
+    def _plan(self, row: Sequence[int]) -> list[Step]:
+        """What is known of the places after a row's ids."""
+        states = self.grammar.ahead(row)
+        if self.guidance is None:
+            return [Step(state, False) for state in states]
+        inside = self.grammar.steps_within(row, self.guidance.interval)
+        return [Step(state, step in inside) for step, state in enumerate(states)]
+
+    def _guided(self, row: Sequence[int]) -> int:
+        """After how many ids no guidance can act on a row any more; more than a picture has where that is open."""
+        if self.guidance is None or self.grammar.vocabulary.eoi_token_id not in self.stop_ids:
+            return self.grammar.longest
+        return self.grammar.steps_within(row, self.guidance.interval).stop
+
+    def _step(self, ids: torch.Tensor, guided: bool) -> torch.Tensor:
+        """Hidden states after ids `[B, W]`, the unconditional rows below as long as places to come are guided."""
+        if self.doubled and not guided:
+            self.decoder.keep(len(ids))
+            self.doubled = False
+        return self.decoder.step(ids.repeat(2, 1) if self.doubled else ids)
 
     def _one_by_one(
         self,
         hidden: torch.Tensor,
-        plans: Sequence[Sequence[int] | None],
+        plans: Sequence[Sequence[Step] | None],
+        guided: int,
         scores: list[torch.Tensor],
         keep_scores: bool,
     ) -> Iterator[torch.Tensor]:
-        """Ids `[B]` in turn for the states of every row's plan; the last is not read yet."""
+        """Ids `[B]` in turn for every row's plan, of which so many steps may be guided; the last is not read yet."""
         steps = max(len(plan) for plan in plans if plan)
         for step in range(steps):
             ids, kept = self._choose(hidden, [plan[step] if plan else None for plan in plans], keep_scores)
@@ -239,18 +271,18 @@ class Engine:
             if kept is not None:
                 scores.append(kept)
             if step < steps - 1:
-                hidden = self._step(ids[:, None])[:, -1]
+                hidden = self._step(ids[:, None], step + 1 < guided)[:, -1]
 
-    def _ahead(self, hidden: torch.Tensor, plan: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The same by guesses, for rows that are all in the states of one plan."""
-        batch, end = len(hidden) // (1 if self.guidance is None else 2), len(plan)
+    def _ahead(self, hidden: torch.Tensor, plan: Sequence[Step], guided: int) -> Iterator[torch.Tensor]:
+        """The same by guesses, for rows that all have one plan."""
+        batch, end = len(hidden) // (2 if self.doubled else 1), len(plan)
         slots, noise = self.grammar.vocabulary.num_codebooks, list[torch.Tensor | None]()
         guesses = list[torch.Tensor]()  # [B] each, what is drawn and then what is guessed
         drawn = 0
         states, at = hidden[:, None], 0  # hidden states of the places from `at` on
         while True:
-            for state in plan[len(noise) : at + states.shape[1]]:  # in order, as one at a time would take it
-                noise.append(self._noise(batch, self._legal(state, hidden.device)))
+            for coming in plan[len(noise) : at + states.shape[1]]:  # in order, as one at a time would take it
+                noise.append(self._noise(batch, self._legal(coming.state, hidden.device)))
             found = self._choose_together(states, plan[at : at + states.shape[1]], noise[at:])
             right = 1  # the first follows from what is drawn, the next where its guess was right
             for place in range(at, at + len(found) - 1):
@@ -265,23 +297,24 @@ class Engine:
             self.decoder.rewind(states.shape[1] - right)
             width = min(self.window, end - drawn)
             while len(guesses) < drawn + width - 1:  # the code to the left stands for one not guessed yet
-                state = plan[len(guesses)]
+                state = plan[len(guesses)].state
                 left = len(guesses) - slots
-                same = left >= 0 and plan[left] == state
+                same = left >= 0 and plan[left].state == state
                 first = self._legal(state, hidden.device).ids(torch.zeros_like(guesses[-1]))
                 guesses.append(guesses[left] if same else first)
-            states, at = self._step(torch.stack(guesses[drawn - 1 : drawn + width - 1], dim=1)), drawn
+            read = torch.stack(guesses[drawn - 1 : drawn + width - 1], dim=1)
+            states, at = self._step(read, drawn < guided), drawn
 
     def _choose_together(
-        self, hidden: torch.Tensor, plan: Sequence[int], noise: Sequence[torch.Tensor | None]
+        self, hidden: torch.Tensor, plan: Sequence[Step], noise: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor]:
-        """Ids `[B]` of every place, for hidden states `[R, W, D]` and the places' states and noise."""
+        """Ids `[B]` of every place, for hidden states `[R, W, D]` and the places' steps and noise."""
         found: list[torch.Tensor] = [torch.empty(0)] * len(plan)
-        for state in set(plan):
-            places = [place for place, other in enumerate(plan) if other == state]
-            choices = self._legal(state, hidden.device)
+        for step in set(plan):
+            places = [place for place, other in enumerate(plan) if other == step]
+            choices = self._legal(step.state, hidden.device)
             picked = hidden[:, places]  # [R, n, D]
-            scores = self._scores(picked.flatten(0, 1), None, state, choices, repeats=len(places))
+            scores = self._scores(picked.flatten(0, 1), None, step.guided, choices, repeats=len(places))
             noises = [noise[place] for place in places]
             drawn = self._draw(scores, _stacked(noises)).view(-1, len(places))
             for column, place in enumerate(places):
@@ -289,19 +322,19 @@ class Engine:
         return found
 
     def _choose(
-        self, hidden: torch.Tensor, states: Sequence[int | None], keep_scores: bool
+        self, hidden: torch.Tensor, steps: Sequence[Step | None], keep_scores: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Next ids `[B]` of rows in these states, None for rows that ended, and their scores `[B, V]` if wanted."""
-        batch = len(states)
+        """Next ids `[B]` of rows at these steps, None for rows that ended, and their scores `[B, V]` if wanted."""
+        batch = len(steps)
         ids = torch.full((batch,), self.pad_token_id, device=hidden.device)
         kept = None
         if keep_scores:
             kept = hidden.new_full((batch, self.grammar.vocabulary.size), -float("inf"), dtype=torch.float32)
-        for state in {state for state in states if state is not None}:
-            members = [place for place, other in enumerate(states) if other == state]
+        for step in {step for step in steps if step is not None}:
+            members = [place for place, other in enumerate(steps) if other == step]
             at = None if len(members) == batch else torch.tensor(members, device=hidden.device)
-            choices = self._legal(state, hidden.device)
-            scores = self._scores(hidden, at, state, choices)
+            choices = self._legal(step.state, hidden.device)
+            scores = self._scores(hidden, at, step.guided, choices)
             chosen = choices.ids(self._draw(scores, self._noise(len(scores), choices)))
             if at is None:
                 ids = chosen
@@ -321,22 +354,22 @@ class Engine:
         return self.choices[state]
 
     def _scores(
-        self, hidden: torch.Tensor, at: torch.Tensor | None, state: int, choices: Choices, *, repeats: int = 1
+        self, hidden: torch.Tensor, at: torch.Tensor | None, guided: bool, choices: Choices, *, repeats: int = 1
     ) -> torch.Tensor:
         """Guided, warped scores `[B, S]` of the rows at `at`; every row of the batch stands `repeats` times."""
-        conditional, unconditional = (hidden, None) if self.guidance is None else hidden.chunk(2)
+        conditional, unconditional = hidden.chunk(2) if self.doubled else (hidden, None)
         if at is not None:
             conditional = conditional[at]
             unconditional = None if unconditional is None else unconditional[at]
-        if unconditional is None or not state:
+        if unconditional is None or not guided:
             scores = self.decoder.logits(conditional, choices.rows).float()
         else:
             assert self.guidance is not None
             scale = self.guidance.scale
             if isinstance(scale, torch.Tensor):
                 scale = scale.repeat_interleave(repeats, dim=0) if at is None else scale[at]
-            guided, away = self.decoder.logits(torch.cat([conditional, unconditional]), choices.rows).float().chunk(2)
-            scores = away + scale * (guided - away)
+            wanted, away = self.decoder.logits(torch.cat([conditional, unconditional]), choices.rows).float().chunk(2)
+            scores = away + scale * (wanted - away)
         if choices.forbidden is not None:
             scores = scores.masked_fill(choices.forbidden, -float("inf"))
         for warper in self.warpers:

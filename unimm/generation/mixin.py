@@ -14,14 +14,18 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from unimm.generation.continuous import continuous_config
 from unimm.generation.engine import Decoder, Engine, Unconditional, is_covered, pad_left
-from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
+from unimm.generation.processors import EVERYWHERE, ClassifierFreeGuidance, GrammarLogitsProcessor, check_interval
 
 GENERATION_MODES = (None, "text", "image")
-OWN_ARGUMENTS = ("guidance", "stock", "jacobi_window")
+OWN_ARGUMENTS = ("guidance", "grammar", "stock", "jacobi_window")
 # Prompts in another form than ids, and caches that the caller holds, are for the stock loop.
 STOCK_ARGUMENTS = ("past_key_values", "position_ids", "inputs_embeds", "image_positions")
 
@@ -44,11 +48,13 @@ class UniMMGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         guidance_scale: float | torch.Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         negative_prompt_ids: torch.Tensor | None = None,
         generation_mode: str | None = None,
         stock: bool = False,
         jacobi_window: int = 1,
         grid: tuple[int, int] | None = None,
+        num_codes: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text and pictures; the arguments of transformers' `generate`, and these.
@@ -59,6 +65,9 @@ class UniMMGenerationMixin(GenerationMixin):
 
         Args:
             guidance_scale: strength of guidance inside pictures, or one per sample `[B]`; 1 or None turns it off.
+            guidance_interval: share of a picture's codes that is guided, (start, end) in [0, 1]: an approximation, for
+                which the engine reads no unconditional rows after the end of a picture that ends the answer. None takes
+                the generation config's, or the whole picture.
             negative_prompt_ids: what to steer away from, `[B, U]`, padded on the left; the empty request by default.
             generation_mode: `image` opens a picture at once and stops at its end, `text` opens none, None lets the
                 model decide.
@@ -66,10 +75,13 @@ class UniMMGenerationMixin(GenerationMixin):
             jacobi_window: codes of a picture that one pass of the engine guesses and checks: the same drawing in
                 fewer passes of more rows each, which pays where arithmetic is idle.
             grid: (rows, columns) of the picture that mode `image` opens; the model's own default, or choice, if None.
+            num_codes: positions of every picture, each of K codes: where the codec decodes the first ones alone, the
+                picture is closed after so many, coarser and sooner. None leaves it to the model.
 
         Raises:
-            ValueError: an unknown mode, a grid that no legal picture has, a window below 1 or beside the stock loop, or
-                guidance with beam search, assisted or prompt-lookup decoding.
+            ValueError: an unknown mode, a grid or number of codes that no legal picture has, a window below 1 or beside
+                the stock loop, an interval that is none, or guidance with beam search, assisted or prompt-lookup
+                decoding.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
@@ -77,20 +89,24 @@ class UniMMGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"jacobi_window is {jacobi_window} and stock {stock}; give 1 or more, and 1 with stock=True."
             )
+        grammar = self.config.grammar if num_codes is None else self.config.grammar.of_length(num_codes)
         config = copy.deepcopy(generation_config or self.generation_config)
         if generation_mode == "image":
-            config.max_new_tokens = self.config.grammar.longest  # an argument of the caller's comes after
+            config.max_new_tokens = grammar.longest  # an argument of the caller's comes after
         kwargs = config.update(**kwargs)
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
+        if guidance_interval is None:
+            guidance_interval = config.to_dict().get("guidance_interval") or EVERYWHERE
+        guidance_interval = check_interval(guidance_interval)
         config.guidance_scale = 1.0  # what is None, the stock loop fills in from the model and then guides by itself
-        kwargs["jacobi_window"] = jacobi_window
+        kwargs["jacobi_window"], kwargs["grammar"] = jacobi_window, grammar
         input_ids = kwargs.pop("input_ids", inputs)
         vocabulary = self.config.vocabulary
         if generation_mode == "text":
             config.suppress_tokens = [*(config.suppress_tokens or []), vocabulary.boi_token_id]
         if generation_mode == "image":
-            opening = self.picture_opening(grid)
+            opening = self.picture_opening(grid, num_codes)
             input_ids, kwargs["attention_mask"] = append_tokens(input_ids, kwargs.get("attention_mask"), opening)
             config.eos_token_id = vocabulary.eoi_token_id
         kwargs = self._picture_inputs(input_ids, kwargs)
@@ -103,7 +119,7 @@ class UniMMGenerationMixin(GenerationMixin):
             negative = append_tokens(negative, None, opening)[0]
         if isinstance(guidance_scale, torch.Tensor):
             guidance_scale = guidance_scale.to(input_ids.device).repeat_interleave(config.num_return_sequences or 1)
-        guidance = ClassifierFreeGuidance(self.config.grammar, guidance_scale)
+        guidance = ClassifierFreeGuidance(grammar, guidance_scale, guidance_interval)
         return super().generate(
             input_ids,
             config,
@@ -112,6 +128,24 @@ class UniMMGenerationMixin(GenerationMixin):
             guidance=guidance,
             **kwargs,
         )
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: WorkloadHints | None = None,
+    ) -> ContinuousBatchingManager:
+        """As in transformers, where `generate_batch` and its manager come from, with the grammar on every request.
+
+        A request whose ids end in `picture_opening` and whose `eos_token_id` is that of `<eoi>` draws, one with
+        `draws=False` writes, and others decide; see `ContinuousGrammar`. Pictures in a prompt stand there as codes
+        (`placed`).
+
+        Raises:
+            ValueError: guidance or asynchronous batching; see `continuous_config`.
+        """
+        config = continuous_config(continuous_batching_config, generation_config or self.generation_config)
+        return super().init_continuous_batching(generation_config, config, workload_hints)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS})
@@ -147,7 +181,7 @@ class UniMMGenerationMixin(GenerationMixin):
         ends = [token for criterion in stopping_criteria for token in _stop_ids(criterion)]
         engine = Engine(
             decoder,
-            self.config.grammar,
+            next(processor.grammar for processor in logits_processor if isinstance(processor, GrammarLogitsProcessor)),
             logits_processor,
             do_sample=bool(config.do_sample),
             pad_token_id=self.config.vocabulary.pad_token_id,
@@ -175,14 +209,15 @@ class UniMMGenerationMixin(GenerationMixin):
                 "follow; use greedy or sampled decoding, or guidance_scale=1."
             )
 
-    def picture_opening(self, grid: tuple[int, int] | None = None) -> list[int]:
+    def picture_opening(self, grid: tuple[int, int] | None = None, num_codes: int | None = None) -> list[int]:
         """Ids that mode `image` opens a picture with: `<boi>`, and the size where it is not left to the model.
 
         Raises:
-            ValueError: a grid that no legal picture has.
+            ValueError: a grid that no legal picture, or none of so many positions, has.
         """
-        chosen = grid or self.config.default_grid
-        size = () if chosen is None else self.config.grammar.shape_of(tuple(chosen)).prefix
+        chosen = grid or (self.config.default_grid if num_codes is None else None)
+        grammar = self.config.grammar if num_codes is None else self.config.grammar.of_length(num_codes)
+        size = () if chosen is None else grammar.shape_of(tuple(chosen)).prefix
         return [self.config.vocabulary.boi_token_id, *size]
 
     def _picture_inputs(self, input_ids: torch.Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:
@@ -206,8 +241,9 @@ class UniMMGenerationMixin(GenerationMixin):
         stock = super()._get_logits_processor(
             generation_config, *args, device=device, model_kwargs=model_kwargs, **kwargs
         )
-        guidance = (model_kwargs or {}).pop("guidance", None)
-        grammar = GrammarLogitsProcessor(self.config.grammar, device or self.device)
+        own = model_kwargs if model_kwargs is not None else {}
+        guidance, chosen = own.pop("guidance", None), own.pop("grammar", None)
+        grammar = GrammarLogitsProcessor(chosen or self.config.grammar, device or self.device)
         return LogitsProcessorList([*([guidance] if guidance else []), grammar, *stock])
 
     def prepare_inputs_for_generation(

@@ -138,11 +138,13 @@ class UniMM:
         n: int = 1,
         seed: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         diffusion_steps: int = 0,
         stock: bool = False,
         size: tuple[int, int] | None = None,
+        num_codes: int | None = None,
     ) -> list[Reply]:
         """Draw: `n` replies of one picture each per prompt, prompt by prompt.
 
@@ -151,16 +153,20 @@ class UniMM:
             n: pictures per prompt.
             seed: repeats the drawings; None draws anew.
             guidance: strength of classifier-free guidance, 1 is none.
-            temperature, top_p: of sampling; temperature 0 is greedy. None of the three: as the model's generation
+            guidance_interval: share of a picture's codes that is guided, (0, 1) is the whole; see the model's
+                `generate`.
+            temperature, top_p: of sampling; temperature 0 is greedy. None of the four: as the model's generation
                 config says.
             diffusion_steps: 0 decodes by the codec in one pass, or where it makes no pixels by the detokenizer with as
                 many steps as published; any other number draws by the diffusion detokenizer.
             stock: by the stock loop of transformers instead of the engine.
             size: (height, width) in pixels; the model's own default, or choice, if None.
+            num_codes: positions of every picture; fewer are coarser and sooner drawn, where the codec decodes the first
+                ones alone. None leaves it to the model.
 
         Raises:
-            ValueError: an empty prompt, one that is longer than the model takes, a size that it cannot draw, or no
-                detokenizer for diffusion steps.
+            ValueError: an empty prompt, one that is longer than the model takes, a size or number of codes that it
+                cannot draw, an interval that is none, or no detokenizer for diffusion steps.
         """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not listed or not all(prompt.strip() for prompt in listed):
@@ -172,10 +178,12 @@ class UniMM:
             seed=seed,
             mode="image",
             guidance=guidance,
+            guidance_interval=guidance_interval,
             temperature=temperature,
             top_p=top_p,
             stock=stock,
             size=size,
+            num_codes=num_codes,
         )
         return self._replies(rows, diffusion_steps=diffusion_steps, seed=seed, prompts=asked)
 
@@ -240,8 +248,10 @@ class UniMM:
         guidance: float | None,
         temperature: float | None,
         top_p: float | None,
+        guidance_interval: tuple[float, float] | None = None,
         stock: bool = False,
         size: tuple[int, int] | None = None,
+        num_codes: int | None = None,
     ) -> list[list[int]]:
         """Generated ids of every request, the picture's opening included."""
         if seed is not None:
@@ -256,8 +266,10 @@ class UniMM:
             **inputs.to(self.device),
             generation_mode=mode,
             guidance_scale=guidance,
+            guidance_interval=guidance_interval,
             stock=stock,
             grid=None if size is None else self.processor.grid_of(*size),
+            num_codes=num_codes,
             **sampling,
         )
         return output[:, inputs["input_ids"].shape[1] :].tolist()

@@ -12,8 +12,8 @@ machine serves generation, the scoring of sampled answers, and packed rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 
@@ -134,6 +134,51 @@ class SpanGrammar:
         A sequence that breaks the grammar (a hand-written prompt) is read as far as it can be: in a span of unknown
         size any legal size is assumed, and ids after a full span leave `<eoi>` as the only way on.
         """
+        opened, since, node = self._read(input_ids)
+        spelled, shortest, longest, waiting = (values.to(input_ids.device)[node] for values in self._tree.nodes)
+        slot = (since - spelled) % self.vocabulary.num_codebooks
+        seen = (since - spelled) // self.vocabulary.num_codebooks
+        code_state = torch.where(seen >= longest, self.num_states - 1, self.num_states - 2)
+        code_state = torch.where(seen < shortest, self._slot_state, code_state)
+        code_state = torch.where(slot > 0, self._slot_state + slot, code_state)
+        return torch.where(opened, torch.where(waiting > 0, waiting, code_state), 0)
+
+    def within(self, input_ids: torch.Tensor, share: tuple[float, float]) -> torch.Tensor:
+        """Whether what follows every position lies in a share of the codes of an open picture, bool `[B, T]`.
+
+        Args:
+            input_ids: int64 `[B, T]`.
+            share: (start, end) in [0, 1], rounded to whole codes of the longest picture of its size. Ids that spell
+                the size stand before all codes and count where the share begins at 0; `<eoi>` stands after them.
+        """
+        opened, since, node = self._read(input_ids)
+        spelled, _, longest, waiting = self._tree.nodes
+        codes = (longest * self.vocabulary.num_codebooks).double()
+        first, end = ((codes * bound).round().long() + spelled for bound in share)
+        first = torch.where(waiting > 0, self.longest if share[0] else 0, first).to(input_ids.device)[node]
+        end = torch.where(waiting > 0, self.longest, end).to(input_ids.device)[node]
+        return opened & (since >= first) & (since < end)
+
+    def steps_within(self, ids: Sequence[int], share: tuple[float, float]) -> range:
+        """Which of the ids after `ids` lie in a share of the codes of an open picture, counted from the next one on.
+
+        What `within` will say of them, as far as it is known: where no size is known yet, the end is further off than
+        any picture is long.
+        """
+        if (after := self._after_opening(ids)) is None:
+            return range(self.longest, self.longest)
+        if (shape := self.shape_after(after)) is None:
+            return range(self.longest if share[0] else 0, self.longest)
+        first, end = (
+            round(shape.max_positions * self.vocabulary.num_codebooks * bound) + len(shape.prefix) - len(after)
+            for bound in share
+        )
+        return range(max(first, 0), max(end, 0))
+
+    def _read(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Whether a span is open after each position, how many ids follow its `<boi>`, and their node of the prefix
+        tree, all `[B, T]`.
+        """
         opened, since = self._last_opening(input_ids)
         tree, device = self._tree, input_ids.device
         node, positions = torch.zeros_like(since), torch.arange(input_ids.shape[1], device=device).expand_as(since)
@@ -142,13 +187,7 @@ class SpanGrammar:
             column = torch.searchsorted(tree.ids.to(device), token).clamp_max(len(tree.ids) - 1)
             column = torch.where(tree.ids.to(device)[column] == token, column, len(tree.ids))
             node = torch.where(since > depth, tree.next.to(device)[node, column], node)
-        spelled, shortest, longest, waiting = (values.to(device)[node] for values in tree.nodes)
-        slot = (since - spelled) % self.vocabulary.num_codebooks
-        seen = (since - spelled) // self.vocabulary.num_codebooks
-        code_state = torch.where(seen >= longest, self.num_states - 1, self.num_states - 2)
-        code_state = torch.where(seen < shortest, self._slot_state, code_state)
-        code_state = torch.where(slot > 0, self._slot_state + slot, code_state)
-        return torch.where(opened, torch.where(waiting > 0, waiting, code_state), 0)
+        return opened, since, node
 
     @cached_property
     def _tree(self) -> _Tree:
@@ -201,36 +240,63 @@ class SpanGrammar:
         legal = [str(s.grid or f"{s.min_positions} to {s.max_positions} positions") for s in self.shapes]
         return ", ".join(legal[:8]) + (f" and {len(legal) - 8} more" if len(legal) > 8 else "")
 
+    def of_length(self, num_positions: int) -> SpanGrammar:
+        """The grammar of those pictures only that have so many positions; longer ones end there.
+
+        Raises:
+            ValueError: no legal picture has.
+        """
+        shapes = tuple(
+            replace(shape, min_positions=num_positions, max_positions=num_positions)
+            for shape in self.shapes
+            if shape.min_positions <= num_positions <= shape.max_positions
+        )
+        if not shapes:
+            lengths = sorted({(shape.min_positions, shape.max_positions) for shape in self.shapes})
+            legal = [str(low) if low == high else f"{low} to {high}" for low, high in lengths]
+            shown = ", ".join(legal[:8]) + (", ..." if len(legal) > 8 else "")
+            raise ValueError(
+                f"There is no picture of {num_positions} positions here: pictures have {shown}. Fewer are for codecs "
+                "whose first codes alone stand for the picture."
+            )
+        return SpanGrammar(self.vocabulary, shapes)
+
     def ahead(self, ids: Sequence[int]) -> list[int]:
         """The state after `ids`, and those that follow whatever the ids to come are.
 
         Inside a picture of known size that is the rest of it; where the next id decides, it is one state.
         """
-        vocabulary = self.vocabulary
-        ends = (vocabulary.boi_token_id, vocabulary.eoi_token_id)
-        since = next((back for back, token in enumerate(reversed(ids)) if token in ends), None)
-        if since is None or ids[-1 - since] == vocabulary.eoi_token_id:
-            return [0]
-        after = tuple(ids[len(ids) - since :])
+        return list(self.coming(ids))
+
+    def coming(self, ids: Sequence[int]) -> Iterator[int]:
+        """The states of `ahead`, one after the other."""
+        if (after := self._after_opening(ids)) is None:
+            yield 0
+            return
         if (node := self._node_after(after)) is None:
-            return [self.num_states - 1]
+            yield self.num_states - 1
+            return
         if (shape := self._ends.get(node)) is None:
-            return [1 + self._continuations.index(frozenset(self._children[node]))]
-        states: list[int] = []
+            yield 1 + self._continuations.index(frozenset(self._children[node]))
+            return
         for seen in count(len(after) - len(shape.prefix)):
-            positions, slot = divmod(seen, vocabulary.num_codebooks)
+            positions, slot = divmod(seen, self.vocabulary.num_codebooks)
             if not slot and positions >= shape.min_positions:
-                return [*states, self.num_states - (1 if positions >= shape.max_positions else 2)]
-            states.append(self._slot_state + slot)
-        raise AssertionError("a picture has an end")
+                yield self.num_states - (1 if positions >= shape.max_positions else 2)
+                return
+            yield self._slot_state + slot
+
+    def _after_opening(self, ids: Sequence[int]) -> Sequence[int] | None:
+        """The ids after the `<boi>` of an open picture; None where none is open."""
+        ends = (self.vocabulary.boi_token_id, self.vocabulary.eoi_token_id)
+        since = next((back for back, token in enumerate(reversed(ids)) if token in ends), None)
+        if since is None or ids[-1 - since] == self.vocabulary.eoi_token_id:
+            return None
+        return ids[len(ids) - since :]
 
     def allowed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Legal next ids, bool `[B, V]`, after ids `[B, T]`."""
         return self.table.to(input_ids.device)[self.states(input_ids)[:, -1]]
-
-    def in_span(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Whether a picture is open at the end, bool `[B]`."""
-        return self.states(input_ids)[:, -1] != 0
 
     def build(self, codes: VisualCodes) -> list[int]:
         """Ids of the one picture in `codes`: `<boi>` size codes `<eoi>`.

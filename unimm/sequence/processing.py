@@ -12,7 +12,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from unimm.codes import VisualCodes
 from unimm.sequence.grammar import ImageSpan, SpanGrammar
-from unimm.sequence.shapes import SpanShape, read_shapes
+from unimm.sequence.shapes import SpanShape, read_shapes, shape_fields
 from unimm.sequence.vocabulary import VisualVocabulary
 
 OWN_CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
@@ -111,8 +111,12 @@ class UniMMProcessor(ProcessorMixin):
         codebook_sizes: Sequence[int],
         downsample: int,
         text_rows: int | None = None,
+        lengths: tuple[int, int] | None = None,
     ) -> UniMMProcessor:
         """A processor over any text tokenizer; the three structural tokens are added where they are missing.
+
+        Args:
+            lengths: fewest and most codes of a picture, where its codes lie on no grid.
 
         Raises:
             ValueError: the structural tokens do not fit into `text_rows`.
@@ -129,7 +133,19 @@ class UniMMProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
-        return cls(image_processor, tokenizer, grids, codebook_sizes, text_rows, downsample)
+        if lengths is None:
+            return cls(image_processor, tokenizer, grids, codebook_sizes, text_rows, downsample)
+        shapes = [shape_fields(SpanShape(None, (), *lengths))]
+        return cls(
+            image_processor,
+            tokenizer,
+            grids,
+            codebook_sizes,
+            text_rows,
+            downsample,
+            span_shapes=shapes,
+            num_placeholders=lengths[1],
+        )
 
     @property
     def shapes(self) -> tuple[SpanShape, ...]:

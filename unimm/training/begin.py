@@ -16,17 +16,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedTokenizerBase,
 )
 
-from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
+from unimm.codec import VisualCodecModel
 from unimm.data.conversations import TaskRates
 from unimm.data.rows import write_rows
+from unimm.generation import EVERYWHERE, check_interval
 from unimm.sequence import UniMMProcessor, train_text_tokenizer
 from unimm.training.adapter import AdapterConfig
 from unimm.training.language_data import RowsConfig, open_mixture, row_messages
 from unimm.training.loop import ON_CPU
-from unimm.unified import UniMMForConditionalGeneration, config_for
+from unimm.unified import UniMMForConditionalGeneration, config_for, processor_for
 
 WORDS_PER_ANSWER = 64  # room beside one picture
 TEXT_SAMPLES = 4_000  # rows whose words the text vocabulary is learned from
@@ -65,11 +65,19 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the trained model samples unless told otherwise; saved in its generation config."""
+    """How the trained model samples unless told otherwise; saved in its generation config.
+
+    Raises:
+        ValueError: a `guidance_interval` that is none.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = EVERYWHERE
+
+    def __post_init__(self) -> None:
+        check_interval(self.guidance_interval)
 
 
 def begin_model(
@@ -131,17 +139,6 @@ def begin_from_backbone(
     )
 
 
-def processor_for(tokenizer: PreTrainedTokenizerBase, codec: VisualCodecModel) -> UniMMProcessor:
-    """The processor of a text vocabulary and a codec."""
-    return UniMMProcessor.from_tokenizer(
-        tokenizer,
-        VisualCodecImageProcessor.for_codec(codec.config),
-        grids=codec.config.length_policy.grids(),
-        codebook_sizes=codec.spec_without_fingerprint.sizes,
-        downsample=codec.config.downsample,
-    )
-
-
 def generation_config(processor: UniMMProcessor, sampling: SamplingConfig) -> GenerationConfig:
     """Defaults of `generate` that are saved with the model."""
     return GenerationConfig(
@@ -150,6 +147,7 @@ def generation_config(processor: UniMMProcessor, sampling: SamplingConfig) -> Ge
         top_p=sampling.top_p,
         top_k=0,  # transformers would keep the 50 likeliest ids only
         guidance_scale=sampling.guidance_scale,
+        guidance_interval=list(sampling.guidance_interval),
         max_new_tokens=processor.grammar.longest + WORDS_PER_ANSWER,
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,

@@ -122,6 +122,7 @@ class DrawingDPOTrainer(DPOTrainer):
             tuple(model.config.null_prompt_ids or ()),
             temperature=recipe.sampling.temperature,
             guidance_scale=recipe.sampling.guidance_scale,
+            guidance_interval=recipe.sampling.guidance_interval,
         )
         super().__init__(
             model=model,

@@ -192,6 +192,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
             temperature=recipe.sampling.temperature,
             top_p=recipe.sampling.top_p,
             guidance_scale=recipe.sampling.guidance_scale,
+            guidance_interval=recipe.sampling.guidance_interval,
         )
         self.front = UniMM(model, processor, Path(recipe.init_from))
         self._scored: torch.Tensor | None = None

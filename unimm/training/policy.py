@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import TopPLogitsWarper
 
+from unimm.generation import EVERYWHERE
 from unimm.sequence import SpanGrammar
 
 
@@ -33,6 +34,7 @@ class SamplingPolicy:
         grammar: of the model.
         null_prompt_ids: the unconditional prompt, which ends before the picture opens.
         temperature, top_p, guidance_scale: as in `generate`; 1 turns each off.
+        guidance_interval: as in `generate`; (0, 1) guides everywhere.
     """
 
     grammar: SpanGrammar
@@ -40,6 +42,7 @@ class SamplingPolicy:
     temperature: float = 1.0
     top_p: float = 1.0
     guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = EVERYWHERE
 
     def score(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sampled: int
@@ -65,7 +68,8 @@ class SamplingPolicy:
             mask = torch.cat([torch.ones_like(null), attention_mask[:, drawn]], dim=1)
             unconditional = _logits(model, ids, mask, num_sampled, rows)
             guided = unconditional + self.guidance_scale * (logits - unconditional)
-            logits = torch.where((states != 0)[..., None], guided, logits)
+            inside = self.grammar.within(input_ids, self.guidance_interval)[:, -num_sampled - 1 : -1]
+            logits = torch.where(inside[..., None], guided, logits)
         targets = input_ids[:, -num_sampled:]
         places = torch.searchsorted(rows, targets.contiguous()).clamp_max(len(rows) - 1)
         assert bool((rows[places] == targets)[sampled].all()), "an id was sampled that the grammar never allows"

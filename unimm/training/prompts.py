@@ -116,6 +116,7 @@ def draw(
         top_k=0,
         min_p=0.0,  # None would be filled in from the model, and what it cuts is not scored
         guidance_scale=sampling.guidance_scale,
+        guidance_interval=sampling.guidance_interval,
         max_new_tokens=grammar.longest,
         return_dict_in_generate=True,
         output_scores=log_probs,

@@ -7,7 +7,13 @@ datasets.
 from unimm.unified.compression import compress, four_bits
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.losses import FactoredLoss, factored_cross_entropy
-from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel, UniMMOutput, config_for
+from unimm.unified.modeling import (
+    UniMMForConditionalGeneration,
+    UniMMModel,
+    UniMMOutput,
+    config_for,
+    processor_for,
+)
 from unimm.unified.registration import register_auto_classes
 
 register_auto_classes()
@@ -22,4 +28,5 @@ __all__ = [
     "config_for",
     "factored_cross_entropy",
     "four_bits",
+    "processor_for",
 ]

@@ -201,6 +201,15 @@ class CachedDecoder:
         """Forget the last ids."""
         self.length -= positions
 
+    def keep(self, rows: int) -> None:
+        """Go on with the first rows only; their keys and values stay where they are."""
+        self.keys = [keys[:rows] for keys in self.keys]
+        self.values = [values[:rows] for values in self.values]
+        self.starts = self.starts[:rows]
+        if self.padding is not None:
+            kept = self.padding[:rows]
+            self.padding = kept if bool(kept.any()) else None
+
     def logits(self, hidden: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         """Logits `[R, S]` of some rows of the head, for hidden states `[R, D]`."""
         key = (rows.start, rows.stop) if isinstance(rows, slice) else id(rows)

@@ -390,14 +390,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         """
         backbone = AutoModelForCausalLM.from_pretrained(llm) if isinstance(llm, str) else llm
         embedding = backbone.get_input_embeddings().weight.data
-        processor = UniMMProcessor.from_tokenizer(
-            tokenizer,
-            VisualCodecImageProcessor.for_codec(codec.config),
-            grids=codec.config.length_policy.grids(),
-            codebook_sizes=codec.spec_without_fingerprint.sizes,
-            downsample=codec.config.downsample,
-            text_rows=max(len(embedding), len(tokenizer) + 3),
-        )
+        processor = processor_for(tokenizer, codec, text_rows=max(len(embedding), len(tokenizer) + 3))
         config = config_for(
             backbone.config,
             codec,
@@ -420,6 +413,22 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         model.lm_head.weight.data.copy_(extend_rows(head, config.vocabulary.size))
         model.begin_code_rows()
         return model.eval(), processor
+
+
+def processor_for(
+    tokenizer: PreTrainedTokenizerBase, codec: VisualCodecModel, *, text_rows: int | None = None
+) -> UniMMProcessor:
+    """The processor of a text vocabulary and a codec."""
+    policy = codec.config.length_policy
+    return UniMMProcessor.from_tokenizer(
+        tokenizer,
+        VisualCodecImageProcessor.for_codec(codec.config),
+        grids=policy.grids(),
+        codebook_sizes=codec.spec_without_fingerprint.sizes,
+        downsample=codec.config.downsample,
+        text_rows=text_rows,
+        lengths=None if policy.layout == "grid" else (policy.min_length, policy.max_length),
+    )
 
 
 def config_for(

@@ -74,6 +74,12 @@ class RecordedDecoder(CachedDecoder):
         super().rewind(positions)
         self.filled -= positions
 
+    def keep(self, rows: int) -> None:
+        """See `CachedDecoder.keep`."""
+        super().keep(rows)
+        self.seen = self.seen[:rows]
+        self.recordings.clear()
+
     def _advance(self, input_ids: torch.Tensor) -> torch.Tensor:
         width = input_ids.shape[1]
         states = self._forward(input_ids, self.filled + torch.arange(width, device=input_ids.device))
