@@ -97,3 +97,22 @@ def test_prompts_of_no_rows_or_another_column_are_refused(tmp_path, text, column
     (tmp_path / "prompts.csv").write_text(text)
     with pytest.raises(ValueError, match=r"prompts\.column is 'prompt'"):
         make_prompts(PromptsConfig(source=str(tmp_path / "prompts.csv"), column=column), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_column": "word"}, r"2 rows of prompt, text; prompts\.text_column is 'word'"),
+        ({"text_column": "text"}, "no word in 'text'"),
+        ({"column": "text"}, "None among its prompts"),
+    ],
+)
+def test_columns_without_text_are_refused(tmp_path, changes, message):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a star", "text": null}\n{"prompt": "a moon", "text": null}\n')
+    with pytest.raises(ValueError, match=message):
+        make_prompts(PromptsConfig(source=str(tmp_path / "prompts.jsonl"), **changes), 2)
+
+
+def test_a_text_column_of_the_worlds_is_refused():
+    with pytest.raises(ValueError, match="worlds know their own words"):
+        PromptsConfig({"word": 1.0}, text_column="text")
