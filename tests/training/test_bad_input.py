@@ -105,6 +105,8 @@ def test_a_chat_template_without_answer_marks_is_refused(tiny):
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tiny):
+    with pytest.raises(ValueError, match="need at least 264 rows"):
+        train_text_tokenizer(["a red heart"], vocab_size=263, max_length=64)
     tokenizer = train_text_tokenizer(["a red heart"] * 5, vocab_size=300, max_length=64)
     with pytest.raises(ValueError, match="pass text_rows of at least that many"):
         UniMMProcessor.from_tokenizer(
