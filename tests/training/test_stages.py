@@ -86,6 +86,16 @@ def test_a_killed_run_goes_on_on_the_same_curve(trained_codec, tmp_path):
     assert losses(again) == losses(trained_codec)
 
 
+@pytest.mark.parametrize("stage", ["codec", "pretrain"])
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(trained_codec, tmp_path, stage):
+    recipe = codec_recipe(tmp_path, "run") if stage == "codec" else language_recipe(tmp_path, trained_codec, "run")
+    (tmp_path / "run").mkdir()
+    RunDirectory(RunConfig("run", str(tmp_path))).log({"step": 1, "loss": 9.0})
+    records = [record for record in train(recipe).metrics() if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    assert records[0]["loss"] != 9.0
+
+
 def test_a_finished_run_is_left_alone(trained_codec, capsys):
     train(trained_codec.root.parent / "whole.yaml")
     assert "is finished" in capsys.readouterr().out

@@ -261,8 +261,8 @@ def run_to_end(
     """
     sharded = is_sharded(trainer)
     checkpoint = last_whole_checkpoint(directory.checkpoints)
-    if checkpoint and trainer.is_world_process_zero():
-        directory.rewind(checkpoint_step(checkpoint))
+    if trainer.is_world_process_zero():
+        directory.rewind(checkpoint_step(checkpoint) if checkpoint else 0)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if trainer.is_world_process_zero():

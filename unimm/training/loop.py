@@ -173,6 +173,8 @@ def check_finite(record: dict[str, float], step: int) -> None:
 def _resume(accelerator: Accelerator, directory: RunDirectory) -> int:
     checkpoint = directory.last_checkpoint()
     if checkpoint is None:
+        if accelerator.is_main_process:
+            directory.rewind(0)
         return 0
     accelerator.load_state(str(checkpoint))
     step = int(checkpoint.name.removeprefix("step-"))
