@@ -4,13 +4,18 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from test_stages import codec_recipe
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from unimm import UniMMForConditionalGeneration, UniMMProcessor
-from unimm.data.rows import FEATURES, read_rows, write_rows
+from unimm.codec import load_preset
+from unimm.codes import VisualCodes
+from unimm.data.rows import FEATURES, ShardReport, read_rows, write_rows, write_shard
 from unimm.sequence import train_text_tokenizer
+from unimm.training.pool import PoolConfig, prepare_pool
 from unimm.training.prompts import PromptsConfig, make_prompts
 from unimm.training.recipe import train
+from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMConfig
 
 
@@ -31,8 +36,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run(worlds_folder, tmp_path):
         "bf16": False,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(ValueError, match="not finite at step 1; lower"):
+    with pytest.raises(ValueError, match=r"not finite at step 1\. Lower"):
         train(tmp_path / "run.yaml")
+
+
+def test_what_is_saved_is_finite(tmp_path):
+    """The second loss is not, and no line is logged between the checkpoints."""
+    path = codec_recipe(tmp_path, "codec")
+    with pytest.raises(ValueError, match=r"not finite at step 3\. Lower optimizer\.lr"):
+        train(path, ["optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.clip=1e9", "logging.every=100"])
+    assert not list((tmp_path / "codec" / "checkpoints").glob("step-*"))
 
 
 def test_an_adapter_of_nothing_is_refused(tmp_path, worlds_folder):
@@ -56,6 +69,28 @@ def test_shards_without_rows_are_refused(codec, tmp_path):
         read_rows(tmp_path, codec)
 
 
+def test_a_folder_with_rows_of_another_codec_is_refused(codec, tmp_path):
+    for number, fingerprint in enumerate((codec.fingerprint(), "another")):
+        write_shard([{"codes": [], "fingerprint": fingerprint}], tmp_path / f"rows-{number}.parquet", ShardReport(1))
+    with pytest.raises(ValueError, match=f"made by codec {codec.fingerprint()}, another"):
+        read_rows(tmp_path, codec)
+
+
+def test_a_source_without_the_column_of_pictures_is_refused(tmp_path):
+    Dataset.from_dict({"picture": ["a"]}).to_parquet(str(tmp_path / "pictures.parquet"))
+    directory, config = RunDirectory(RunConfig("run", str(tmp_path))), load_preset("smallest")
+    with pytest.raises(ValueError, match="no column 'image' for --image"):
+        prepare_pool(PoolConfig(source=str(tmp_path / "pictures.parquet")), config, directory, seed=0, held_out=1)
+
+
+def test_codes_beyond_the_codebook_are_refused(tiny):
+    """A row whose codes would be ids of another block, or of none."""
+    codes = VisualCodes.from_grid(torch.full((1, 8, 8, 1), max(tiny[1].codebook_sizes)))
+    messages = [{"role": "assistant", "content": [{"type": "image"}]}]
+    with pytest.raises(ValueError, match="the codebooks have 0 to"):
+        tiny[1].encode_messages(messages, [codes], answers_only=False)
+
+
 def test_a_chat_template_without_answer_marks_is_refused(tiny):
     processor = UniMMProcessor(
         tiny[1].image_processor,
@@ -70,6 +105,8 @@ def test_a_chat_template_without_answer_marks_is_refused(tiny):
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tiny):
+    with pytest.raises(ValueError, match="need at least 264 rows"):
+        train_text_tokenizer(["a red heart"], vocab_size=263, max_length=64)
     tokenizer = train_text_tokenizer(["a red heart"] * 5, vocab_size=300, max_length=64)
     with pytest.raises(ValueError, match="pass text_rows of at least that many"):
         UniMMProcessor.from_tokenizer(
@@ -97,3 +134,22 @@ def test_prompts_of_no_rows_or_another_column_are_refused(tmp_path, text, column
     (tmp_path / "prompts.csv").write_text(text)
     with pytest.raises(ValueError, match=r"prompts\.column is 'prompt'"):
         make_prompts(PromptsConfig(source=str(tmp_path / "prompts.csv"), column=column), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_column": "word"}, r"2 rows of prompt, text; prompts\.text_column is 'word'"),
+        ({"text_column": "text"}, "no word in 'text'"),
+        ({"column": "text"}, "None among its prompts"),
+    ],
+)
+def test_columns_without_text_are_refused(tmp_path, changes, message):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a star", "text": null}\n{"prompt": "a moon", "text": null}\n')
+    with pytest.raises(ValueError, match=message):
+        make_prompts(PromptsConfig(source=str(tmp_path / "prompts.jsonl"), **changes), 2)
+
+
+def test_a_text_column_of_the_worlds_is_refused():
+    with pytest.raises(ValueError, match="worlds know their own words"):
+        PromptsConfig({"word": 1.0}, text_column="text")

@@ -1,7 +1,9 @@
 """GRPO: scores are those of the sampling, runs resume exactly, and what is off-policy or has collapsed stops."""
 
 import dataclasses
+import json
 import shutil
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -161,6 +163,49 @@ def test_prompts_are_repeatable_and_never_held_out():
         make_prompts(PromptsConfig({"cats": 1.0}), 1)
 
 
+ASKED = [
+    {"prompt": 'the word "CAKE" in red', "text": "pie", "none": None},
+    {"prompt": "\u201cnew\u201d above \u201cYORK\u201d", "text": "7", "none": " "},
+    {"prompt": "a red heart", "text": None, "none": None},
+]
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ASKED))
+    return str(path)
+
+
+@pytest.mark.parametrize(("column", "words"), [(None, ["CAKE", "new YORK", None]), ("text", ["pie", "7", None])])
+def test_what_a_data_set_wants_written_is_known_to_judges(prompts_file, column, words):
+    prompts = make_prompts(PromptsConfig(source=prompts_file, text_column=column), 7)
+    found = {(row["prompt"][0]["content"], SceneFacts.from_json(row["facts"]).word) for row in prompts}
+    assert found == set(zip([row["prompt"] for row in ASKED], words, strict=True))
+
+
+@pytest.mark.parametrize(
+    "reward",
+    ["word", pytest.param("ocr", marks=pytest.mark.skipif(find_spec("tesserocr") is None, reason="needs tesserocr"))],
+)
+def test_words_of_a_data_set_are_rewarded(worlds_folder, tmp_path, prompts_file, reward):
+    changes = {
+        "prompts": {"source": prompts_file, "text_column": "text"},
+        "rewards": {reward: 1.0, "brightness": 1.0},
+        "rollout": {"prompts": 3, "group_size": 2, "micro_batch": 6},
+        "optimizer": {"steps": 1, "warmup": 0},
+        "logging": {"every": 1, "sample_every": 9, "save_every": 1},
+    }
+    record = train(grpo_recipe(tmp_path, worlds_folder, "written", **changes)).metrics()[0]
+    assert 0 <= record[f"rewards/{reward}/mean"] < record["rewards/brightness/mean"]
+
+
+def test_rewards_that_judge_no_prompt_are_refused(worlds_folder, tmp_path, prompts_file):
+    changes = {"prompts": {"source": prompts_file}, "rewards": {"scene": 1.0}}
+    with pytest.raises(ValueError, match="none of them judges one of the 8 prompts"):
+        train(grpo_recipe(tmp_path, worlds_folder, "unjudged", **changes))
+
+
 def grpo_recipe(folder, model, name, **changes):
     recipe = {
         "task": "grpo",
@@ -279,6 +324,7 @@ def test_a_guard_forgives_one_good_line_and_remembers_over_a_restart(tmp_path):
     [
         ({"rollout": {"prompts": 2, "group_size": 1, "micro_batch": 2}}, "groups need 2"),
         ({"rollout": {"prompts": 2, "group_size": 4, "micro_batch": 3}}, "must divide 2 x 4 = 8"),
+        ({"objective": {"updates": 3}}, "save_every must be a multiple"),
         ({"sampling": {"top_p": 0.9}}, "set top_p: 1, or objective.kl: 0"),
         ({"rewards": {"beauty": 1.0}}, "some of scene"),
         ({"prompts": {"categories": {}}}, "some of single"),

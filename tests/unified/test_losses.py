@@ -1,8 +1,5 @@
 """The factored loss equals plain cross-entropy over each target's own rows, and never holds all logits."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,32 +73,3 @@ def test_labels_of_another_length_are_refused():
         factored_cross_entropy(
             torch.zeros(1, 5, 8), torch.zeros(128, 8), torch.zeros(1, 4, dtype=torch.int64), VOCABULARIES["one slot"]
         )
-
-
-PEAK = """
-import resource, sys
-import torch, torch.nn.functional as F
-from unimm.sequence import VisualVocabulary
-from unimm.unified import factored_cross_entropy
-torch.manual_seed(0)
-vocabulary = VisualVocabulary(151_936, (16_384,), 1, 2, 3, 0)
-hidden = torch.randn(1, 1025, 64, requires_grad=True)
-weight = torch.randn(vocabulary.size, 64).mul_(0.02).requires_grad_()
-labels = torch.randint(0, 151_936, (1, 1025))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if sys.argv[1] == "plain":
-    F.cross_entropy(F.linear(hidden[0, :-1], weight).float(), labels[0, 1:]).backward()
-else:
-    factored_cross_entropy(hidden, weight, labels, vocabulary).loss.backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.slow
-def test_peak_memory_with_168k_rows_is_at_most_six_tenths_of_plain_logits():
-    """Text targets only: the codes would make it easy."""
-    peaks = {}
-    for kind in ("plain", "factored"):
-        done = subprocess.run([sys.executable, "-c", PEAK, kind], capture_output=True, text=True, check=True)
-        peaks[kind] = int(done.stdout)
-    assert peaks["factored"] <= 0.6 * peaks["plain"], peaks

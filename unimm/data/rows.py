@@ -120,11 +120,11 @@ def read_rows(folder: Path, codec: VisualCodecModel) -> Dataset:
         )
     _check_whole(folder)
     rows = load_dataset("parquet", data_files=files, split="train")
-    found = rows[0]["fingerprint"]
-    if found != codec.fingerprint():
+    found, wanted = rows.unique("fingerprint"), codec.fingerprint()
+    if found != [wanted]:
         raise ValueError(
-            f"The rows in {folder} were made by codec {found}, this one is {codec.fingerprint()}; their codes mean "
-            "other pictures. Delete the folder and tokenize again."
+            f"The rows in {folder} were made by codec {', '.join(map(str, found))}, this one is {wanted}; their codes "
+            "mean other pictures. Delete the folder and tokenize again."
         )
     return rows
 

@@ -29,7 +29,16 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: i
         texts: what the model will read and write.
         vocab_size: rows; fewer where the texts hold fewer merges.
         max_length: tokens that the model takes at most.
+
+    Raises:
+        ValueError: fewer rows than bytes and specials.
     """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(SPECIALS):
+        raise ValueError(
+            f"vocab_size is {vocab_size}; {len(alphabet)} bytes and {len(SPECIALS)} structural tokens need at least "
+            f"{len(alphabet) + len(SPECIALS)} rows."
+        )
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(PIECES, behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -39,7 +48,7 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: i
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)

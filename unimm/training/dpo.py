@@ -31,7 +31,7 @@ from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_e
 from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.policy import SamplingPolicy
-from unimm.training.prompts import JudgesConfig, PromptsConfig, choose_rewards, draw, make_prompts
+from unimm.training.prompts import JudgesConfig, PromptsConfig, check_judged, choose_rewards, draw, make_prompts
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
 
@@ -217,10 +217,12 @@ def make_pairs(
     """The best and the worst drawing of every group, as ids.
 
     Raises:
-        ValueError: no group with a difference.
+        ValueError: rewards that judge none of the prompts, or no group with a difference.
     """
     config, pairs = recipe.pairs, []
-    prompts = make_prompts(recipe.prompts, config.prompts).to_list()
+    found = make_prompts(recipe.prompts, config.prompts)
+    check_judged(found, rewards)
+    prompts = found.to_list()
     set_seed(recipe.run.seed)
     for start in tqdm(range(0, len(prompts), config.prompts_at_once), desc="drawing pairs", unit="batch"):
         asked = [row for row in prompts[start : start + config.prompts_at_once] for _ in range(config.group_size)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
 from transformers import TrainerCallback, set_seed
@@ -27,10 +28,11 @@ from unimm.sequence import UniMMProcessor
 from unimm.training.adapter import AdapterConfig, hold_in_float32, load_model, lora_config
 from unimm.training.begin import SamplingConfig
 from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_end, shared_arguments
+from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import plot_metrics
 from unimm.training.policy import SamplingPolicy
-from unimm.training.prompts import JudgesConfig, PromptsConfig, choose_rewards, draw, make_prompts
+from unimm.training.prompts import JudgesConfig, PromptsConfig, check_judged, choose_rewards, draw, make_prompts
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
 
@@ -218,8 +220,8 @@ class DrawingGRPOTrainer(GRPOTrainer):
         """Draw all prompts as one batch. The log-probabilities of the very first drawings are kept for the check."""
         begin = time.perf_counter()
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            first = self._step == 0
-            drawn = draw(model, self.front, prompts, self.recipe.sampling, seed=self._step, log_probs=first)
+            step = self.state.global_step  # TRL's own counter begins anew in a resumed run
+            drawn = draw(model, self.front, prompts, self.recipe.sampling, seed=step, log_probs=step == 0)
         self._log_metric("rollout_time", time.perf_counter() - begin)
         self._log_metric("diversity", group_diversity(drawn.ids[:, :-1], self.num_generations))
         return {
@@ -260,7 +262,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         loss = super()._compute_loss(model, inputs)
         recorded = inputs.get("sampling_per_token_logps")
-        if recorded is not None and self._step < self.args.gradient_accumulation_steps:
+        if recorded is not None and self.state.global_step == 0:
             assert self._scored is not None
             ratios = ((self._scored - recorded) * inputs["completion_mask"]).exp()
             self._check_ratio(float((ratios - 1).abs().max()))
@@ -335,25 +337,28 @@ def train_grpo(recipe: GrpoRecipe) -> RunDirectory:
     """Run a `grpo` recipe and save model and processor under `model/` of the run directory.
 
     Raises:
-        ValueError: a recipe whose numbers do not fit, unknown categories or rewards, or a first step that is
-            off-policy.
+        ValueError: a recipe whose numbers do not fit, unknown categories or rewards, rewards that judge none of the
+            prompts, or a first step that is off-policy.
     """
     check_recipe(recipe)
     set_seed(recipe.run.seed)
     directory = RunDirectory(recipe.run)
     directory.start(recipe)
     rewards = choose_rewards(recipe.rewards, recipe.alignment_model, recipe.judges, recipe.init_from)
+    rounds = -(-recipe.optimizer.steps // recipe.objective.updates)
+    number = rounds * recipe.rollout.prompts * PartialState(cpu=ON_CPU).num_processes
+    prompts = make_prompts(recipe.prompts, number)
+    check_judged(prompts, rewards)
     model = load_model(recipe.init_from, recipe.adapter)
     processor = UniMMProcessor.from_pretrained(recipe.init_from)
     arguments = grpo_arguments(recipe, directory, rewards, processor.grammar.longest)
-    rounds = -(-recipe.optimizer.steps // recipe.objective.updates)
     guard = GuardCallback(directory, recipe.guards)
     trainer = DrawingGRPOTrainer(
         model=model,
         processor=processor,
         recipe=recipe,
         arguments=arguments,
-        prompts=make_prompts(recipe.prompts, rounds * recipe.rollout.prompts * arguments.world_size),
+        prompts=prompts,
         rewards=rewards,
         callbacks=[guard],
     )
@@ -377,6 +382,11 @@ def check_recipe(recipe: GrpoRecipe) -> None:
         raise ValueError(
             f"rollout.group_size is {rollout.group_size} and rollout.micro_batch {rollout.micro_batch}; groups need 2 "
             f"drawings or more, and the micro batch must divide {rollout.prompts} x {rollout.group_size} = {drawings}."
+        )
+    if recipe.logging.save_every % objective.updates:
+        raise ValueError(
+            f"logging.save_every is {recipe.logging.save_every} and objective.updates {objective.updates}; a run that "
+            "goes on between updates has lost their drawings, so save_every must be a multiple of updates."
         )
     if sampling.top_p < 1 and (objective.kl or objective.updates > 1):
         raise ValueError(

@@ -21,7 +21,7 @@ from unimm.sequence import ImagePart, UniMMProcessor
 from unimm.training.adapter import AdapterConfig, begin_adapter, load_model, merge_adapter
 from unimm.training.begin import BackboneConfig, SamplingConfig, TextModelConfig, begin_model, generation_config
 from unimm.training.language_data import ConversationDataset, PackInOneRow, PadRight, RowsConfig, open_mixture
-from unimm.training.loop import ON_CPU, computes_in_bf16
+from unimm.training.loop import ON_CPU, check_finite, computes_in_bf16
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import contact_sheet, plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
@@ -145,13 +145,12 @@ class RunCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
-            if not abs(numbers["loss"]) < float("inf"):
-                raise ValueError(
-                    f"loss is not finite at step {state.global_step}; lower optimizer.lr or set bf16: false."
-                )
+            check_finite({name: numbers[name] for name in ("loss", "grad_norm") if name in numbers}, state.global_step)
             self.directory.log({"step": state.global_step, **numbers})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # What is saved is finite, and a mean that went on over a checkpoint would be lost with a kill.
+        control.should_log |= control.should_save
         last = state.global_step == state.max_steps
         if (state.global_step % self.sample_every and not last) or not self.front.makes_pixels:
             return
@@ -262,8 +261,8 @@ def run_to_end(
     """
     sharded = is_sharded(trainer)
     checkpoint = last_whole_checkpoint(directory.checkpoints)
-    if checkpoint and trainer.is_world_process_zero():
-        directory.rewind(checkpoint_step(checkpoint))
+    if trainer.is_world_process_zero():
+        directory.rewind(checkpoint_step(checkpoint) if checkpoint else 0)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if trainer.is_world_process_zero():

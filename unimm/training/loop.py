@@ -116,16 +116,18 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
         if rival is not None:
             losses |= rival.learn(step)
         done = step + 1
-        if done % config.logging.every == 0 or done == config.optimizer.steps:
+        saves = done % config.logging.save_every == 0 or done == config.optimizer.steps
+        if done % config.logging.every == 0 or saves:  # what is saved is finite
             record = {name: float(value.detach()) for name, value in losses.items()}
+            record["gradient_norm"] = float(norm)
             check_finite(record, done)
-            record |= {"gradient_norm": float(norm), "lr": schedule.get_last_lr()[0]}
+            record["lr"] = schedule.get_last_lr()[0]
             bar.set_postfix(loss=f"{record['loss']:.4f}")
             if accelerator.is_main_process:
                 directory.log({"step": done, "seconds": round(time.monotonic() - began, 1), **record})
         if done % config.logging.validate_every == 0 or done == config.optimizer.steps:
             _look(accelerator, task, directory, done)
-        if done % config.logging.save_every == 0 or done == config.optimizer.steps:
+        if saves:
             _save(accelerator, directory, done)
     if accelerator.is_main_process:
         with atomic_directory(directory.model) as path:
@@ -159,18 +161,20 @@ class _Rival:
 
 
 def check_finite(record: dict[str, float], step: int) -> None:
-    """Raise `ValueError` where a loss is NaN or infinite, naming the way out."""
+    """Raise `ValueError` where a loss or the norm of its gradient is NaN or infinite, naming the way out."""
     bad = [name for name, value in record.items() if not abs(value) < float("inf")]
     if bad:
         raise ValueError(
             f"{', '.join(bad)} is not finite at step {step}. Lower optimizer.lr, raise optimizer.warmup, or set "
-            "precision: 'no'; the last checkpoint is whole and the run resumes from it."
+            "bf16: false, in a run of another run.name."
         )
 
 
 def _resume(accelerator: Accelerator, directory: RunDirectory) -> int:
     checkpoint = directory.last_checkpoint()
     if checkpoint is None:
+        if accelerator.is_main_process:
+            directory.rewind(0)
         return 0
     accelerator.load_state(str(checkpoint))
     step = int(checkpoint.name.removeprefix("step-"))

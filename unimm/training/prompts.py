@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from unimm.training.loop import ON_CPU
 from unimm.unified import UniMMForConditionalGeneration
 
 DECODE_BATCH = 64
+QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')  # in straight double quotes, or curly ones
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,18 @@ class PromptsConfig:
     Args:
         categories: of the worlds, with their shares.
         source: Hub name, folder or file that `datasets` reads, with its prompts in `column`.
+        text_column: of the source, what is to be written in the picture, for `ocr`; null or empty where nothing is.
+            Without it that is what the prompt has in double quotes.
         seed: of the order.
 
     Raises:
-        ValueError: neither categories nor source, or both.
+        ValueError: neither categories nor source, or both, or a text column without source.
     """
 
     categories: dict[str, float] = field(default_factory=dict)
     source: str | None = None
     column: str = "prompt"
+    text_column: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +64,11 @@ class PromptsConfig:
             raise ValueError(
                 f"prompts.categories are {self.categories} and prompts.source is {self.source!r}; give positive "
                 f"weights to some of {', '.join(homes())}, or name a data set."
+            )
+        if self.text_column is not None and self.source is None:
+            raise ValueError(
+                f"prompts.text_column is {self.text_column!r} without prompts.source; the worlds know their own words, "
+                "drop it."
             )
 
 
@@ -192,10 +202,10 @@ def make_prompts(config: PromptsConfig, number: int) -> Dataset:
     """Requests and the facts of what they ask for; item i is a pure function of the seed and i.
 
     Raises:
-        ValueError: no weight, or an unknown category.
+        ValueError: no weight, an unknown category, or a source without prompts.
     """
     if config.source is not None:
-        return read_prompts(config.source, config.column, config.seed, number)
+        return read_prompts(config, config.source, number)
     home = homes()
     if not home.keys() >= config.categories.keys() or sum(config.categories.values()) <= 0:
         raise ValueError(
@@ -220,11 +230,12 @@ def homes() -> dict[str, str]:
     return {category: world for world, kind in WORLDS.items() for category in kind.categories}
 
 
-def read_prompts(source: str, column: str, seed: int, number: int) -> Dataset:
-    """`number` prompts of a data set in a shuffled order, over and over; what they ask for is known to no judge.
+def read_prompts(config: PromptsConfig, source: str, number: int) -> Dataset:
+    """`number` prompts of a data set in a shuffled order, over and over; of what they ask for, judges know the words
+    that are to be written.
 
     Raises:
-        ValueError: no such column, or no row.
+        ValueError: no such column, no row, a prompt that is no text, or not one word in the text column.
     """
     path = Path(source)
     try:
@@ -234,21 +245,47 @@ def read_prompts(source: str, column: str, seed: int, number: int) -> Dataset:
             found = load_dataset(source, split="train")
     except ValueError as error:
         raise ValueError(
-            f"{source} has no rows to read ({error}); prompts.column is {column!r}, so name a data set with prompts "
-            "there in its train split."
+            f"{source} has no rows to read ({error}); prompts.column is {config.column!r}, so name a data set with "
+            "prompts there in its train split."
         ) from error
-    if column not in found.column_names or not len(found):
+    for key, column in (("column", config.column), ("text_column", config.text_column)):
+        if column is not None and (column not in found.column_names or not len(found)):
+            raise ValueError(
+                f"{source} has {len(found)} rows of {', '.join(found.column_names)}; prompts.{key} is {column!r}."
+            )
+    found = found.shuffle(seed=config.seed)
+    prompts = found[config.column]
+    if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
         raise ValueError(
-            f"{source} has {len(found)} rows of {', '.join(found.column_names)}; prompts.column is {column!r}."
+            f"{source} has {wrong[0]!r} among its prompts; prompts.column is {config.column!r}, name a column of text."
         )
-    texts = found.shuffle(seed=seed)[column]
-    unknown = SceneFacts().to_json()
+    if config.text_column is None:
+        texts = [" ".join(a or b for a, b in QUOTED.findall(prompt)) for prompt in prompts]
+    else:
+        texts = ["" if text is None else str(text).strip() for text in found[config.text_column]]
+        if not any(texts):
+            raise ValueError(
+                f"{source} has no word in {config.text_column!r}, which is prompts.text_column; name the column of "
+                "what is to be written, or drop it."
+            )
+    facts = [SceneFacts(word=text or None).to_json() for text in texts]
     return Dataset.from_list(
         [
-            {"prompt": [{"role": "user", "content": texts[index % len(found)]}], "facts": unknown}
-            for index in range(number)
+            {"prompt": [{"role": "user", "content": prompts[place]}], "facts": facts[place]}
+            for place in (index % len(facts) for index in range(number))
         ]
     )
+
+
+def check_judged(prompts: Dataset, rewards: RewardMixture) -> None:
+    """Raise `ValueError` where no reward can judge a drawing of any of these prompts."""
+    known = {SceneFacts.from_json(text) for text in set(prompts["facts"])}
+    if not any(reward.applies(facts) for facts in known for reward in rewards.rewards.values()):
+        raise ValueError(
+            f"rewards are {', '.join(rewards.rewards)}, and none of them judges one of the {len(prompts)} prompts; "
+            "name one that judges any picture (alignment, aesthetic, self_vqascore, remote), or for ocr a "
+            "prompts.text_column, or prompts with what is to be written in double quotes."
+        )
 
 
 @torch.no_grad()
