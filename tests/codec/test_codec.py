@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
+from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, VisualCodes
 from unimm.codec import load_preset, preset_names
 from unimm.codec.configuration import SOCKETS
 from unimm.codec.encoders import LocalEncoderConfig, stretched_luminance
+from unimm.codec.flow import FlowDecoder, FlowDecoderConfig, ProjectedGuidance
 from unimm.codec.quantizers import (
     FSQ,
     VQ,
@@ -104,6 +105,17 @@ TINY = {
             "feature_width": 12,
             "out_dim": 8,
         },
+        "flow": {
+            "kind": "flow",
+            "dim": 16,
+            **SEQUENCE,
+            "patch": 16,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_width": 24,
+            "steps": 2,
+        },
         "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
@@ -149,10 +161,12 @@ TINY = {
 LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
 QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
 REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
+FLOW = {"resampler": "registers", "decoder": "flow", "length": "sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
 SCALES = {"quantizer": "scales", "length": "levels"}
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
+COMPANIONS |= {"flow": FLOW}
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
@@ -259,6 +273,8 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     loss = output.reconstruction.square().mean() + output.quantizer_loss
     if output.features is not None:
         loss = loss + output.features.square().mean()
+    if output.velocity_loss is not None:
+        loss = loss + output.velocity_loss
     loss.backward()
     for name, weight in codec.named_parameters():
         if weight.requires_grad:
@@ -474,3 +490,56 @@ def test_pictures_are_shown_in_one_range_whatever_the_codecs_own():
     torch.testing.assert_close(codec.pictures(codes), (codec.decode(codes) * 2 - 1).clamp(-1, 1))
     with pytest.raises(ValueError, match="decodes to features"):
         build(decoder=TINY["decoder"]["features"], resampler=TINY["resampler"]["grid"]).pictures(codes)
+
+
+def test_a_flow_draws_the_same_codes_alike_and_otherwise_on_request():
+    codec = build(**{socket: TINY[socket][kind] for socket, kind in FLOW.items()})
+    torch.nn.init.normal_(codec.decoder.to_patches.weight)
+    codes = codec.encode(pixels())
+    drawn = codec.decode(codes)
+    assert codec.decode(codes).equal(drawn)
+    alone = VisualCodes(codes.ids[1:2], codes.mask[1:2])  # what stands beside a picture changes nothing
+    torch.testing.assert_close(codec.decode(alone), drawn[1:2], atol=1e-5, rtol=1e-5)
+    one, same, other = (codec.decode(codes, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert one.equal(same)
+    assert not one.equal(other)
+    assert not one.equal(drawn)
+    for length in range(1, codec.length.max_length + 1):
+        assert codec.reconstruct(pixels()).shape == codec.decode(codec.encode(pixels(), num_tokens=length)).shape
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match="takes at least 1"):
+            codec.decoder.sample(codec.lookup(codes), torch.zeros(3, 3, 32, 32), steps=steps)
+        with pytest.raises(ValueError, match="takes at least 1"):
+            FlowDecoderConfig(steps=steps)
+
+
+def test_projected_guidance_keeps_what_is_orthogonal_within_its_norm():
+    torch.manual_seed(0)
+    with_codes, without_codes = torch.randn(2, 2, 3, 4, 4)
+    plain = ProjectedGuidance(scale=3.0, momentum=0.0, norm_threshold=0.0, parallel=1.0)
+    guided, summed = plain.apply(with_codes, without_codes, torch.zeros_like(with_codes))
+    torch.testing.assert_close(guided, without_codes + 3 * (with_codes - without_codes), atol=1e-5, rtol=1e-5)
+    projected = ProjectedGuidance(scale=3.0, momentum=-0.5, norm_threshold=0.7)
+    guided, again = projected.apply(with_codes, without_codes, summed)
+    torch.testing.assert_close(again, summed / 2)
+    update = (guided - with_codes).flatten(1)
+    assert (update * with_codes.flatten(1)).sum(dim=1).abs().max() < 1e-4
+    assert (update.norm(dim=1) <= 2 * 0.7 + 1e-5).all()
+
+
+def test_a_flow_learns_to_draw_what_its_codes_say():
+    torch.manual_seed(0)
+    size = {"rows": 1, "columns": 1, "patch": 2, "width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64}
+    decoder = FlowDecoder(FlowDecoderConfig(dim=2, tokens=2, **size))
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    bright = torch.tensor([0.0, 1.0])
+    vectors = bright.view(2, 1, 1).expand(2, 2, 2)
+    picture = (2 * bright - 1).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        decoder.denoise(vectors.repeat(16, 1, 1), picture.repeat(16, 1, 1, 1)).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        noise = torch.randn(2, 3, 2, 2)
+        drawn = decoder.sample(vectors, noise, steps=8, guidance=ProjectedGuidance(scale=1.0))
+    torch.testing.assert_close(drawn.mean(dim=(1, 2, 3)), picture.mean(dim=(1, 2, 3)), atol=0.3, rtol=0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from unimm import VisualCodecImageProcessor, VisualCodecModel, VisualCodes
 from unimm.cli.main import main
+from unimm.codec.flow import ProjectedGuidance
 from unimm.codec.image_processing import any_shape_size
 from unimm.codec.selection import padded
 from unimm.conversion import UPSTREAMS, convert, find_upstream
@@ -101,7 +103,7 @@ def test_codes_and_output_equal_the_reference(system, converted):
         rows = rows.flatten(2).transpose(1, 2) if rows.ndim == 4 else rows
         torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
     output = next((name for name in OUTPUTS if name in expected), None)
-    if output is None:  # of another codec's latents
+    if output is None:  # drawn from noise, in a test of its own
         assert not codec.config.reads_pixels
         return
     drawn = codec.decode(codes, condition=expected.get("text_guidance"))
@@ -359,8 +361,28 @@ def test_flextok_codes_latents_and_its_registers_are_causal(converted):
     assert not again.ids[:, changed:].equal(codes.ids[:, changed:])
     with pytest.raises(ValueError, match=r"floats \[B, 4, H, W\]"):
         codec.encode(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="rectified-flow decoder, which is not converted"):
-        codec.decode(codes)
+    with pytest.raises(ValueError, match=r"give decode\(codes\) to its decoder"):
+        codec.pictures(codes)
+
+
+@torch.no_grad()
+def test_the_flow_of_flextok_equals_the_reference(converted):
+    codec, expected = AutoModel.from_pretrained(converted("flextok")).eval(), reference("flextok")
+    decoder, vectors = codec.decoder, codec.lookup(codec.encode(expected["vae_latents"]))
+    noise, time, everything = expected["noise"], expected["timesteps"], torch.ones(2, dtype=torch.bool)
+    close = partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+    close(decoder.velocity(noise, time, vectors), expected["velocity"])
+    close(decoder.velocity(noise, time, vectors, everything), expected["velocity_null"])
+    plain = ProjectedGuidance(scale=2.0, momentum=0.0, norm_threshold=0.0, parallel=1.0)
+    close(decoder.sample(vectors, noise, steps=3, guidance=ProjectedGuidance(scale=1.0)), expected["sample_3_steps"])
+    close(decoder.sample(vectors, noise, steps=3, guidance=plain), expected["sample_cfg_3_steps"])
+    projected = ProjectedGuidance(scale=4.0, momentum=-0.5, norm_threshold=2.5, parallel=0.0)
+    for picture, length in enumerate(expected["keep_k"].tolist()):
+        one = slice(picture, picture + 1)
+        kept = vectors[one, :length]
+        close(decoder.velocity(noise[one], time[one], kept), expected["velocity_keep_k"][one])
+        drawn = decoder.sample(kept, noise[one], steps=3, guidance=projected)
+        close(drawn, expected["sample_apg_3_steps_keep_k"][one])
 
 
 def test_seed_takes_normalised_pixels_of_its_tower_and_no_bytes(converted):

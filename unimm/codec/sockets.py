@@ -34,6 +34,7 @@ from unimm.codec.feature_decoder import (
     NoDecoder,
     NoDecoderConfig,
 )
+from unimm.codec.flow import FlowDecoder, FlowDecoderConfig
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.pair import PairEncoder, PairEncoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
@@ -82,5 +83,6 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "dual": (DualDecoderConfig, DualDecoder),
     "attention_dual": (AttentionDualConfig, AttentionDualDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
+    "flow": (FlowDecoderConfig, FlowDecoder),
     "none": (NoDecoderConfig, NoDecoder),
 }
