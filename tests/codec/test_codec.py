@@ -15,6 +15,14 @@ from unimm.codec import load_preset, preset_names
 from unimm.codec.configuration import SOCKETS
 from unimm.codec.encoders import LocalEncoderConfig, stretched_luminance
 from unimm.codec.flow import FlowDecoder, FlowDecoderConfig, ProjectedGuidance
+from unimm.codec.merging import (
+    MergingResampler,
+    MergingResamplerConfig,
+    level_grid,
+    level_sizes,
+    residual_levels,
+)
+from unimm.codec.pyramid import PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.quantizers import (
     FSQ,
     VQ,
@@ -105,6 +113,15 @@ TINY = {
             "feature_width": 12,
             "out_dim": 8,
         },
+        "level_vit": {
+            "kind": "level_vit",
+            "dim": 16,
+            **SEQUENCE,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "pixels": PYRAMID,
+        },
         "flow": {
             "kind": "flow",
             "dim": 16,
@@ -137,6 +154,15 @@ TINY = {
         "attention": {"kind": "attention", "dim": 8, "num_heads": 2, "causal": True},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
         "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
+        "merging": {
+            "kind": "merging",
+            "dim": 16,
+            **SEQUENCE,
+            "width": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "merge_in": [0],
+        },
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
             "kind": "qformer",
@@ -161,12 +187,13 @@ TINY = {
 LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
 QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
 REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
+LEVELS = {"resampler": "merging", "decoder": "level_vit", "length": "sequence"}
 FLOW = {"resampler": "registers", "decoder": "flow", "length": "sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
 SCALES = {"quantizer": "scales", "length": "levels"}
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
-COMPANIONS |= {"flow": FLOW}
+COMPANIONS |= {"flow": FLOW, "merging": LEVELS, "level_vit": LEVELS}
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
@@ -490,6 +517,59 @@ def test_pictures_are_shown_in_one_range_whatever_the_codecs_own():
     torch.testing.assert_close(codec.pictures(codes), (codec.decode(codes) * 2 - 1).clamp(-1, 1))
     with pytest.raises(ValueError, match="decodes to features"):
         build(decoder=TINY["decoder"]["features"], resampler=TINY["resampler"]["grid"]).pictures(codes)
+
+
+def test_levels_are_what_coarser_ones_leave_and_cells_what_they_do_not_share():
+    torch.manual_seed(0)
+    assert level_sizes(8) == (1, 1, 2, 4)
+    assert [level_grid(size) for size in (1, 2, 4, 8, 32)] == [(1, 1), (1, 2), (2, 2), (2, 4), (4, 8)]
+    features = torch.randn(2, 3, 2, 2)
+    levels = residual_levels(features, (1, 1, 2, 4))
+    torch.testing.assert_close(levels[:, 0], features.mean(dim=(2, 3)))
+    torch.testing.assert_close(levels[:, 1], torch.zeros(2, 3), atol=1e-6, rtol=0)  # a second mean finds nothing
+    columns = (levels[:, :1] + levels[:, 2:4]).transpose(1, 2).repeat(1, 1, 2)  # of the first row, then of the second
+    torch.testing.assert_close(columns + levels[:, 4:].transpose(1, 2), features.flatten(2))
+    resampler = MergingResampler(
+        MergingResamplerConfig(tokens=4, rows=2, columns=4, dim=4, width=16, depth=2, num_heads=2, merge_in=(0, 1)),
+        encoder_width=6,
+        decoder_width=4,
+    )
+    read = resampler.read(torch.randn(2, 6, 2, 4))
+    assert [cells.shape[1] for cells in read.cells] == [2, 4, 8]
+    merged = resampler._merged(hidden := torch.randn(1, 9, 16), (2, 4))
+    assert merged[:, :4].equal(hidden[:, 0:8:2])
+    assert merged[:, 4:12:2].eq(0).all()  # a cell that stands for its pair keeps nothing
+    torch.testing.assert_close(merged[:, 5:12:2] + merged[:, :4], hidden[:, 1:8:2])
+    assert merged[:, 12:].equal(hidden[:, 8:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 12}, "need a power of two"),
+        ({"merge_in": (3, 3)}, "name rising blocks"),
+        ({"merge_in": (24,)}, "name rising blocks"),
+        ({"merge_in": (0,), "columns": 7}, "must leave a whole number"),
+        ({"merge_in": (0,), "reduction": 0.0}, "must leave a whole number"),
+    ],
+)
+def test_wrong_levels_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MergingResamplerConfig(**options)
+
+
+def test_a_pyramid_normalises_what_it_reads_and_refuses_half_a_statistic():
+    sizes = {"channels": (32, 32), "blocks": 1, "code_channels": 8, "stem_channels": 32, "averaged": True}
+    torch.manual_seed(0)
+    plain = PyramidEncoder(PyramidEncoderConfig(**sizes))
+    normalising = PyramidEncoder(PyramidEncoderConfig(**sizes, mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0)))
+    normalising.load_state_dict(plain.state_dict())
+    shown = torch.rand(1, 3, 8, 8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalising.mean, normalising.std))
+    torch.testing.assert_close(normalising(shown), plain((shown - mean) / std))
+    for wrong in ({"mean": (0.1, 0.2, 0.3)}, {"mean": (0, 0, 0), "std": (1, 1, 0)}, {"centred": True}):
+        with pytest.raises(ValueError, match="name three of each|set one of them"):
+            PyramidEncoderConfig(**sizes, **wrong)
 
 
 def test_a_flow_draws_the_same_codes_alike_and_otherwise_on_request():

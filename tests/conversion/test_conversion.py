@@ -63,7 +63,6 @@ def pixels(expected):
 # Where upstream's codes have more than one slot: to `[B, N, K]`.
 SLOTS = {
     "unitok": lambda expected: expected["codes"].transpose(1, 2),
-    "meditok": lambda expected: expected["codes"].transpose(1, 2),
     "evotok": lambda expected: expected["codes"].flatten(1, 2),
     "dualtoken": lambda expected: torch.cat([expected["codes_pix"], expected["codes_sem"]], dim=-1).flatten(1, 2),
     "fqgan": lambda expected: branches(expected, "sem", "vis"),
@@ -363,6 +362,58 @@ def test_flextok_codes_latents_and_its_registers_are_causal(converted):
         codec.encode(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"give decode\(codes\) to its decoder"):
         codec.pictures(codes)
+
+
+@torch.no_grad()
+def test_restok_merges_cells_into_levels_and_draws_from_the_first_codes(converted):
+    codec, expected = AutoModel.from_pretrained(converted("restok")).eval(), reference("restok")
+    close = partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+    features = codec.encoder(expected["pixel_values"])
+    levels = codec.resampler.read(features)
+    close(levels.cells[0].transpose(1, 2)[:, :, None], expected["last_image_tokens"])
+    close(levels.cells[-1].transpose(1, 2).unflatten(2, features.shape[2:]), expected["first_image_tokens"])
+    close(codec.resampler.sample(features).transpose(1, 2)[:, :, None], expected["z"])
+    for place, length in enumerate(json.loads((GOLDEN / "restok" / "config.json").read_text())["prefix_lengths"]):
+        codes = codec.encode(expected["pixel_values"], num_tokens=length)
+        close(codec.decode(codes), expected[f"reconstruction_prefix_{place}"])
+    codec.resampler.latent_levels[3:] = torch.randn_like(codec.resampler.latent_levels[3:])  # from the fifth latent on
+    again = codec.resampler.read(features)
+    assert again.latents[:, :4].equal(levels.latents[:, :4])
+    assert not again.latents[:, 4:].isclose(levels.latents[:, 4:]).all()
+    assert all(one.equal(other) for one, other in zip(again.cells, levels.cells, strict=True))
+
+
+@pytest.mark.parametrize(("name", "value"), [("is_legacy", False), ("multi_quant", False), ("vit_enc_patch_size", 8)])
+def test_a_restok_that_is_built_otherwise_is_refused(name, value):
+    fields = json.loads((GOLDEN / "restok" / "config.json").read_text())
+    fields["args"]["model"]["vq_model"][name] = value
+    with pytest.raises(ValueError, match=f"{name} is not"):
+        UPSTREAMS["restok"].plan(UpstreamConfig(fields))
+
+
+@torch.no_grad()
+def test_meditok_is_unitok_with_causal_attention(tmp_path, converted):
+    shutil.copytree(GOLDEN / "unitok", tmp_path / "source")
+    fields = json.loads((tmp_path / "source" / "config.json").read_text()) | {"system": "meditok"}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(fields))
+    causal = AutoModel.from_pretrained(convert("meditok", tmp_path / "source", tmp_path / "out").target).eval()
+    plain = AutoModel.from_pretrained(converted("unitok")).eval()
+    assert causal.fingerprint() == plain.fingerprint()
+    assert causal.config.resampler == plain.config.resampler | {"causal": True}
+    features = causal.encoder(reference("unitok")["pixel_values"])
+    later = features.clone()
+    later[..., -1, -1] += 1  # the last cell
+    for codec, unchanged in ((causal, True), (plain, False)):
+        one, other = (codec.resampler.sample(cells)[:, :-1] for cells in (features, later))
+        assert torch.allclose(one, other, atol=1e-6) == unchanged
+        one, other = (codec.resampler.restore(vectors, (1, 2))[..., 0] for vectors in randomly_ended(codec.dim))
+        assert torch.allclose(one, other, atol=1e-6) == unchanged
+
+
+def randomly_ended(dim):
+    """Two positions `[1, 2, dim]`, the second of them drawn twice."""
+    first, ends = torch.randn(1, 1, dim), torch.randn(2, 1, 1, dim)
+    return [torch.cat([first, end], dim=1) for end in ends]
 
 
 @torch.no_grad()
