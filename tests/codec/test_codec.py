@@ -568,7 +568,7 @@ def test_a_pyramid_normalises_what_it_reads_and_refuses_half_a_statistic():
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalising.mean, normalising.std))
     torch.testing.assert_close(normalising(shown), plain((shown - mean) / std))
     for wrong in ({"mean": (0.1, 0.2, 0.3)}, {"mean": (0, 0, 0), "std": (1, 1, 0)}, {"centred": True}):
-        with pytest.raises(ValueError, match="name three of each|set one of them"):
+        with pytest.raises(ValueError, match=r"name three of each|set one of them"):
             PyramidEncoderConfig(**sizes, **wrong)
 
 

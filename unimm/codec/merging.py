@@ -48,9 +48,14 @@ def residual_levels(features: torch.Tensor, sizes: tuple[int, ...]) -> torch.Ten
     return torch.cat(levels, dim=2).transpose(1, 2)
 
 
-def level_causal_mask(sizes: list[int], device: torch.device) -> torch.Tensor:
+def level_of(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The level of each token, int64 `[sum(sizes)]`."""
+    return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
+
+
+def level_causal_mask(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Bool `[sum(sizes), sum(sizes)]`, True where the row's level is the column's or comes after it."""
-    level = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
+    level = level_of(sizes, device)
     return level[:, None] >= level
 
 
@@ -81,11 +86,6 @@ class LevelLinear(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         level = level_of(self.sizes, hidden.device)
         return torch.einsum("bni,noi->bno", hidden, self.weight[level]) + self.bias[level]
-
-
-def level_of(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The level of each token, int64 `[sum(sizes)]`."""
-    return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,7 @@ class MergingResampler(Resampler):
         grids = [(grid.shape[2], grid.shape[3])]  # of the levels of cells, the most merged first
         angles, mask = self._order(grids, hidden.device)
         for index, block in enumerate(self.blocks):
+            assert isinstance(block, RotaryBlock)
             hidden = block.attend(hidden, angles, mask)
             if index not in self.config.merge_in:
                 hidden = block.feed(hidden)
@@ -216,7 +217,7 @@ class MergingResampler(Resampler):
         latents = diagonal_positions(self.config.tokens, device) + sum(sizes)
         head_width = self.config.width // self.config.num_heads
         angles = rotary_angles(torch.cat([cells, latents]), head_width, self.config.period)
-        return angles, level_causal_mask([*sizes, *self.sizes], device)
+        return angles, level_causal_mask((*sizes, *self.sizes), device)
 
 
 @dataclass(frozen=True)
