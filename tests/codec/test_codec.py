@@ -10,10 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
+from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, VisualCodes
 from unimm.codec import load_preset, preset_names
 from unimm.codec.configuration import SOCKETS
 from unimm.codec.encoders import LocalEncoderConfig, stretched_luminance
+from unimm.codec.flow import FlowDecoder, FlowDecoderConfig, ProjectedGuidance
+from unimm.codec.merging import (
+    MergingResampler,
+    MergingResamplerConfig,
+    level_grid,
+    level_sizes,
+    residual_levels,
+)
+from unimm.codec.pyramid import PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.quantizers import (
     FSQ,
     VQ,
@@ -104,6 +113,26 @@ TINY = {
             "feature_width": 12,
             "out_dim": 8,
         },
+        "level_vit": {
+            "kind": "level_vit",
+            "dim": 16,
+            **SEQUENCE,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "pixels": PYRAMID,
+        },
+        "flow": {
+            "kind": "flow",
+            "dim": 16,
+            **SEQUENCE,
+            "patch": 16,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_width": 24,
+            "steps": 2,
+        },
         "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
@@ -125,6 +154,15 @@ TINY = {
         "attention": {"kind": "attention", "dim": 8, "num_heads": 2, "causal": True},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
         "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
+        "merging": {
+            "kind": "merging",
+            "dim": 16,
+            **SEQUENCE,
+            "width": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "merge_in": [0],
+        },
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
             "kind": "qformer",
@@ -149,10 +187,13 @@ TINY = {
 LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
 QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
 REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
+LEVELS = {"resampler": "merging", "decoder": "level_vit", "length": "sequence"}
+FLOW = {"resampler": "registers", "decoder": "flow", "length": "sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
 SCALES = {"quantizer": "scales", "length": "levels"}
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
+COMPANIONS |= {"flow": FLOW, "merging": LEVELS, "level_vit": LEVELS}
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
@@ -259,6 +300,8 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     loss = output.reconstruction.square().mean() + output.quantizer_loss
     if output.features is not None:
         loss = loss + output.features.square().mean()
+    if output.velocity_loss is not None:
+        loss = loss + output.velocity_loss
     loss.backward()
     for name, weight in codec.named_parameters():
         if weight.requires_grad:
@@ -474,3 +517,109 @@ def test_pictures_are_shown_in_one_range_whatever_the_codecs_own():
     torch.testing.assert_close(codec.pictures(codes), (codec.decode(codes) * 2 - 1).clamp(-1, 1))
     with pytest.raises(ValueError, match="decodes to features"):
         build(decoder=TINY["decoder"]["features"], resampler=TINY["resampler"]["grid"]).pictures(codes)
+
+
+def test_levels_are_what_coarser_ones_leave_and_cells_what_they_do_not_share():
+    torch.manual_seed(0)
+    assert level_sizes(8) == (1, 1, 2, 4)
+    assert [level_grid(size) for size in (1, 2, 4, 8, 32)] == [(1, 1), (1, 2), (2, 2), (2, 4), (4, 8)]
+    features = torch.randn(2, 3, 2, 2)
+    levels = residual_levels(features, (1, 1, 2, 4))
+    torch.testing.assert_close(levels[:, 0], features.mean(dim=(2, 3)))
+    torch.testing.assert_close(levels[:, 1], torch.zeros(2, 3), atol=1e-6, rtol=0)  # a second mean finds nothing
+    columns = (levels[:, :1] + levels[:, 2:4]).transpose(1, 2).repeat(1, 1, 2)  # of the first row, then of the second
+    torch.testing.assert_close(columns + levels[:, 4:].transpose(1, 2), features.flatten(2))
+    resampler = MergingResampler(
+        MergingResamplerConfig(tokens=4, rows=2, columns=4, dim=4, width=16, depth=2, num_heads=2, merge_in=(0, 1)),
+        encoder_width=6,
+        decoder_width=4,
+    )
+    read = resampler.read(torch.randn(2, 6, 2, 4))
+    assert [cells.shape[1] for cells in read.cells] == [2, 4, 8]
+    merged = resampler._merged(hidden := torch.randn(1, 9, 16), (2, 4))
+    assert merged[:, :4].equal(hidden[:, 0:8:2])
+    assert merged[:, 4:12:2].eq(0).all()  # a cell that stands for its pair keeps nothing
+    torch.testing.assert_close(merged[:, 5:12:2] + merged[:, :4], hidden[:, 1:8:2])
+    assert merged[:, 12:].equal(hidden[:, 8:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 12}, "need a power of two"),
+        ({"merge_in": (3, 3)}, "name rising blocks"),
+        ({"merge_in": (24,)}, "name rising blocks"),
+        ({"merge_in": (0,), "columns": 7}, "must leave a whole number"),
+        ({"merge_in": (0,), "reduction": 0.0}, "must leave a whole number"),
+    ],
+)
+def test_wrong_levels_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MergingResamplerConfig(**options)
+
+
+def test_a_pyramid_normalises_what_it_reads_and_refuses_half_a_statistic():
+    sizes = {"channels": (32, 32), "blocks": 1, "code_channels": 8, "stem_channels": 32, "averaged": True}
+    torch.manual_seed(0)
+    plain = PyramidEncoder(PyramidEncoderConfig(**sizes))
+    normalising = PyramidEncoder(PyramidEncoderConfig(**sizes, mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0)))
+    normalising.load_state_dict(plain.state_dict())
+    shown = torch.rand(1, 3, 8, 8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalising.mean, normalising.std))
+    torch.testing.assert_close(normalising(shown), plain((shown - mean) / std))
+    for wrong in ({"mean": (0.1, 0.2, 0.3)}, {"mean": (0, 0, 0), "std": (1, 1, 0)}, {"centred": True}):
+        with pytest.raises(ValueError, match=r"name three of each|set one of them"):
+            PyramidEncoderConfig(**sizes, **wrong)
+
+
+def test_a_flow_draws_the_same_codes_alike_and_otherwise_on_request():
+    codec = build(**{socket: TINY[socket][kind] for socket, kind in FLOW.items()})
+    torch.nn.init.normal_(codec.decoder.to_patches.weight)
+    codes = codec.encode(pixels())
+    drawn = codec.decode(codes)
+    assert codec.decode(codes).equal(drawn)
+    alone = VisualCodes(codes.ids[1:2], codes.mask[1:2])  # what stands beside a picture changes nothing
+    torch.testing.assert_close(codec.decode(alone), drawn[1:2], atol=1e-5, rtol=1e-5)
+    one, same, other = (codec.decode(codes, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert one.equal(same)
+    assert not one.equal(other)
+    assert not one.equal(drawn)
+    for length in range(1, codec.length.max_length + 1):
+        assert codec.reconstruct(pixels()).shape == codec.decode(codec.encode(pixels(), num_tokens=length)).shape
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match="takes at least 1"):
+            codec.decoder.sample(codec.lookup(codes), torch.zeros(3, 3, 32, 32), steps=steps)
+        with pytest.raises(ValueError, match="takes at least 1"):
+            FlowDecoderConfig(steps=steps)
+
+
+def test_projected_guidance_keeps_what_is_orthogonal_within_its_norm():
+    torch.manual_seed(0)
+    with_codes, without_codes = torch.randn(2, 2, 3, 4, 4)
+    plain = ProjectedGuidance(scale=3.0, momentum=0.0, norm_threshold=0.0, parallel=1.0)
+    guided, summed = plain.apply(with_codes, without_codes, torch.zeros_like(with_codes))
+    torch.testing.assert_close(guided, without_codes + 3 * (with_codes - without_codes), atol=1e-5, rtol=1e-5)
+    projected = ProjectedGuidance(scale=3.0, momentum=-0.5, norm_threshold=0.7)
+    guided, again = projected.apply(with_codes, without_codes, summed)
+    torch.testing.assert_close(again, summed / 2)
+    update = (guided - with_codes).flatten(1)
+    assert (update * with_codes.flatten(1)).sum(dim=1).abs().max() < 1e-4
+    assert (update.norm(dim=1) <= 2 * 0.7 + 1e-5).all()
+
+
+def test_a_flow_learns_to_draw_what_its_codes_say():
+    torch.manual_seed(0)
+    size = {"rows": 1, "columns": 1, "patch": 2, "width": 32, "depth": 1, "num_heads": 2, "mlp_width": 64}
+    decoder = FlowDecoder(FlowDecoderConfig(dim=2, tokens=2, **size))
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    bright = torch.tensor([0.0, 1.0])
+    vectors = bright.view(2, 1, 1).expand(2, 2, 2)
+    picture = (2 * bright - 1).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        decoder.denoise(vectors.repeat(16, 1, 1), picture.repeat(16, 1, 1, 1)).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        noise = torch.randn(2, 3, 2, 2)
+        drawn = decoder.sample(vectors, noise, steps=8, guidance=ProjectedGuidance(scale=1.0))
+    torch.testing.assert_close(drawn.mean(dim=(1, 2, 3)), picture.mean(dim=(1, 2, 3)), atol=0.3, rtol=0)

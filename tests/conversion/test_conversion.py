@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from unimm import VisualCodecImageProcessor, VisualCodecModel, VisualCodes
 from unimm.cli.main import main
+from unimm.codec.flow import ProjectedGuidance
 from unimm.codec.image_processing import any_shape_size
 from unimm.codec.selection import padded
 from unimm.conversion import UPSTREAMS, convert, find_upstream
@@ -61,7 +63,6 @@ def pixels(expected):
 # Where upstream's codes have more than one slot: to `[B, N, K]`.
 SLOTS = {
     "unitok": lambda expected: expected["codes"].transpose(1, 2),
-    "meditok": lambda expected: expected["codes"].transpose(1, 2),
     "evotok": lambda expected: expected["codes"].flatten(1, 2),
     "dualtoken": lambda expected: torch.cat([expected["codes_pix"], expected["codes_sem"]], dim=-1).flatten(1, 2),
     "fqgan": lambda expected: branches(expected, "sem", "vis"),
@@ -101,7 +102,7 @@ def test_codes_and_output_equal_the_reference(system, converted):
         rows = rows.flatten(2).transpose(1, 2) if rows.ndim == 4 else rows
         torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
     output = next((name for name in OUTPUTS if name in expected), None)
-    if output is None:  # of another codec's latents
+    if output is None:  # drawn from noise, in a test of its own
         assert not codec.config.reads_pixels
         return
     drawn = codec.decode(codes, condition=expected.get("text_guidance"))
@@ -359,8 +360,80 @@ def test_flextok_codes_latents_and_its_registers_are_causal(converted):
     assert not again.ids[:, changed:].equal(codes.ids[:, changed:])
     with pytest.raises(ValueError, match=r"floats \[B, 4, H, W\]"):
         codec.encode(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="rectified-flow decoder, which is not converted"):
-        codec.decode(codes)
+    with pytest.raises(ValueError, match=r"give decode\(codes\) to its decoder"):
+        codec.pictures(codes)
+
+
+@torch.no_grad()
+def test_restok_merges_cells_into_levels_and_draws_from_the_first_codes(converted):
+    codec, expected = AutoModel.from_pretrained(converted("restok")).eval(), reference("restok")
+    close = partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+    features = codec.encoder(expected["pixel_values"])
+    levels = codec.resampler.read(features)
+    close(levels.cells[0].transpose(1, 2)[:, :, None], expected["last_image_tokens"])
+    close(levels.cells[-1].transpose(1, 2).unflatten(2, features.shape[2:]), expected["first_image_tokens"])
+    close(codec.resampler.sample(features).transpose(1, 2)[:, :, None], expected["z"])
+    for place, length in enumerate(json.loads((GOLDEN / "restok" / "config.json").read_text())["prefix_lengths"]):
+        codes = codec.encode(expected["pixel_values"], num_tokens=length)
+        close(codec.decode(codes), expected[f"reconstruction_prefix_{place}"])
+    codec.resampler.latent_levels[3:] = torch.randn_like(codec.resampler.latent_levels[3:])  # from the fifth latent on
+    again = codec.resampler.read(features)
+    assert again.latents[:, :4].equal(levels.latents[:, :4])
+    assert not again.latents[:, 4:].isclose(levels.latents[:, 4:]).all()
+    assert all(one.equal(other) for one, other in zip(again.cells, levels.cells, strict=True))
+
+
+@pytest.mark.parametrize(("name", "value"), [("is_legacy", False), ("multi_quant", False), ("vit_enc_patch_size", 8)])
+def test_a_restok_that_is_built_otherwise_is_refused(name, value):
+    fields = json.loads((GOLDEN / "restok" / "config.json").read_text())
+    fields["args"]["model"]["vq_model"][name] = value
+    with pytest.raises(ValueError, match=f"{name} is not"):
+        UPSTREAMS["restok"].plan(UpstreamConfig(fields))
+
+
+@torch.no_grad()
+def test_meditok_is_unitok_with_causal_attention(tmp_path, converted):
+    shutil.copytree(GOLDEN / "unitok", tmp_path / "source")
+    fields = json.loads((tmp_path / "source" / "config.json").read_text()) | {"system": "meditok"}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(fields))
+    causal = AutoModel.from_pretrained(convert("meditok", tmp_path / "source", tmp_path / "out").target).eval()
+    plain = AutoModel.from_pretrained(converted("unitok")).eval()
+    assert causal.fingerprint() == plain.fingerprint()
+    assert causal.config.resampler == plain.config.resampler | {"causal": True}
+    features = causal.encoder(reference("unitok")["pixel_values"])
+    later = features.clone()
+    later[..., -1, -1] = torch.randn(later.shape[:2])  # the last cell
+    for codec, unchanged in ((causal, True), (plain, False)):
+        one, other = (codec.resampler.sample(cells)[:, :-1] for cells in (features, later))
+        assert torch.allclose(one, other, atol=1e-6) == unchanged
+        one, other = (codec.resampler.restore(vectors, (1, 2))[..., 0] for vectors in randomly_ended(codec.dim))
+        assert torch.allclose(one, other, atol=1e-6) == unchanged
+
+
+def randomly_ended(dim):
+    """Two positions `[1, 2, dim]`, the second of them drawn twice."""
+    first, ends = torch.randn(1, 1, dim), torch.randn(2, 1, 1, dim)
+    return [torch.cat([first, end], dim=1) for end in ends]
+
+
+@torch.no_grad()
+def test_the_flow_of_flextok_equals_the_reference(converted):
+    codec, expected = AutoModel.from_pretrained(converted("flextok")).eval(), reference("flextok")
+    decoder, vectors = codec.decoder, codec.lookup(codec.encode(expected["vae_latents"]))
+    noise, time, everything = expected["noise"], expected["timesteps"], torch.ones(2, dtype=torch.bool)
+    close = partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+    close(decoder.velocity(noise, time, vectors), expected["velocity"])
+    close(decoder.velocity(noise, time, vectors, everything), expected["velocity_null"])
+    plain = ProjectedGuidance(scale=2.0, momentum=0.0, norm_threshold=0.0, parallel=1.0)
+    close(decoder.sample(vectors, noise, steps=3, guidance=ProjectedGuidance(scale=1.0)), expected["sample_3_steps"])
+    close(decoder.sample(vectors, noise, steps=3, guidance=plain), expected["sample_cfg_3_steps"])
+    projected = ProjectedGuidance(scale=4.0, momentum=-0.5, norm_threshold=2.5, parallel=0.0)
+    for picture, length in enumerate(expected["keep_k"].tolist()):
+        one = slice(picture, picture + 1)
+        kept = vectors[one, :length]
+        close(decoder.velocity(noise[one], time[one], kept), expected["velocity_keep_k"][one])
+        drawn = decoder.sample(kept, noise[one], steps=3, guidance=projected)
+        close(drawn, expected["sample_apg_3_steps_keep_k"][one])
 
 
 def test_seed_takes_normalised_pixels_of_its_tower_and_no_bytes(converted):

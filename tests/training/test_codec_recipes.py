@@ -42,7 +42,8 @@ def few_held_out_pictures(monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
 def test_two_steps_of_every_recipe(name, tmp_path):
-    depth = ["model.resampler.depth=1", "model.decoder.depth=1"] if name in ("titok", "flextok", "qformer") else []
+    deep = name in ("titok", "flextok", "flextok_flow", "qformer")
+    depth = ["model.resampler.depth=1", "model.decoder.depth=1"] if deep else []
     start = ["critic.start=1"] if name == "grid_vq" else []
     directory = train(FOLDER / f"{name}.yaml", [*SMALL, *depth, *start, f"run.directory={tmp_path}"])
     metrics = [record for record in directory.metrics() if "loss" in record]
@@ -50,7 +51,8 @@ def test_two_steps_of_every_recipe(name, tmp_path):
     codec = VisualCodecModel.from_pretrained(directory.model)
     codes = codec.encode(torch.zeros(1, 3, 128, 128))
     assert codec.pictures(codes).shape == (1, 3, 128, 128)
-    if name == "flextok":
+    assert ["velocity" in record for record in metrics] == [name == "flextok_flow"] * 2
+    if name.startswith("flextok"):
         assert codec.encode(torch.zeros(1, 3, 128, 128), num_tokens=2).ids.equal(codes.ids[:, :2])
     if name == "grid_vq":
         assert ["critic" in record for record in metrics] == [False, True]

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from unimm.codec.configuration import VisualCodecConfig, socket_config
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
+from unimm.codec.flow import FlowDecoder
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
@@ -23,6 +24,7 @@ from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock
+from unimm.nn.gated import ModulatedGatedBlock
 from unimm.nn.pyramid import PyramidBlock
 
 SLACK = 0.01  # beyond the range of pixels, for resampled pictures
@@ -38,12 +40,15 @@ class CodecOutput(ModelOutput):
         ids: int64 `[B, N, K]`, zeros on the right of pictures with fewer codes.
         quantizer_loss: scalar.
         features: of a codec that rebuilds features beside pixels.
+        velocity_loss: scalar, of a codec that draws by a flow; its reconstruction is then what one prediction makes of
+            the noisy picture.
     """
 
     reconstruction: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     quantizer_loss: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    velocity_loss: torch.Tensor | None = None
 
 
 class VisualCodecModel(PreTrainedModel):
@@ -132,11 +137,19 @@ class VisualCodecModel(PreTrainedModel):
         """What each code of each slot stands for, K times float32 `[size, D of the slot]`."""
         return self.quantizer.code_vectors()
 
-    def decode(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Pictures `[B, 3, H, W]`, about `config.pixel_range` and not clamped; of a codec without pixels, its features.
+    def decode(
+        self,
+        codes: VisualCodes,
+        *,
+        condition: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Pictures `[B, 3, H, W]`, about `config.pixel_range` and not clamped; of a codec without pixels, its features,
+        or the latents of another autoencoder `[B, C, H, W]`.
 
         Args:
             condition: float `[B, L, D]` text features, for decoders that draw under a text.
+            generator: of the noise that a flow draws from; without one the same codes always give the same picture.
 
         Raises:
             ValueError: ids out of range, codes of several sizes, or a condition that is missing or not wanted.
@@ -146,6 +159,8 @@ class VisualCodecModel(PreTrainedModel):
         with torch.no_grad():
             if self.length.ragged:
                 return self.decoder(self.resampler.restore(self.lookup(codes), grid), codes.mask)
+            if isinstance(self.decoder, FlowDecoder):
+                return self.decoder(self.resampler.restore(self.lookup(codes), grid), generator)
             return self._draw(self.lookup(codes), grid, condition)
 
     def features(self, codes: VisualCodes) -> torch.Tensor:
@@ -170,6 +185,8 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: as `decode`, or a codec that decodes to features and needs a detokenizer to draw.
         """
+        if not self.decoder_options.makes_pixels and isinstance(self.decoder, FlowDecoder):
+            raise ValueError("This codec draws the latents of another autoencoder; give decode(codes) to its decoder.")
         if not self.decoder_options.makes_pixels:
             raise ValueError("This codec decodes to features, not to pixels; draw its codes with a detokenizer.")
         return self.to_shown(self.decode(codes, condition=condition)).clamp(-1, 1)
@@ -205,6 +222,9 @@ class VisualCodecModel(PreTrainedModel):
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
         ids = quantized.ids[:, : arrangement.length]
+        if isinstance(self.decoder, FlowDecoder):
+            denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
+            return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss)
         output = CodecOutput(self._draw(vectors, grid, condition), ids, quantized.loss)
         if isinstance(self.decoder, TwoSidedDecoder):
             output.features = self.decoder.features(self.resampler.restore(vectors, grid))
@@ -305,3 +325,5 @@ class VisualCodecModel(PreTrainedModel):
         if isinstance(module, TransformerBlock):
             init.zeros_(module.attention.out.weight)
             init.zeros_(module.mlp.down.weight)
+        if isinstance(module, ModulatedGatedBlock):
+            init.zeros_(module.modulation.weight)

@@ -33,6 +33,7 @@ class PyramidConfig:
         middle_attention: whether attention follows the first of them.
         bias: whether the convolutions of the blocks have one.
         code_channels: channels on the side of the codes.
+        shortcut: what the 1x1 shortcuts read; see `PyramidBlock`.
     """
 
     channels: tuple[int, ...] = (128, 128, 256, 256, 512)
@@ -42,6 +43,7 @@ class PyramidConfig:
     middle_attention: bool = True
     bias: bool = True
     code_channels: int = 256
+    shortcut: str = "input"
 
     def __post_init__(self) -> None:
         if not self.channels or any(width < 1 or width % GROUPS for width in self.channels):
@@ -62,12 +64,26 @@ class PyramidEncoderConfig(PyramidConfig, EncoderOptions):
     Args:
         stem_channels: width of the first convolution.
         centred: whether halving pads all round rather than right and below.
+        averaged: whether halving takes the mean of 2 x 2 positions, without a convolution.
         out_kernel: side of the last convolution.
+        mean, std: of each channel of the pixels, by which they are normalised; none for as they are.
     """
 
     stem_channels: int = 128
     centred: bool = False
+    averaged: bool = False
     out_kernel: int = 3
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.averaged and self.centred:
+            raise ValueError("averaged and centred are both true, and means pad nothing; set one of them.")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (0, 3) or any(spread <= 0 for spread in self.std):
+            raise ValueError(
+                f"mean is {self.mean} and std {self.std}; name three of each, the second above 0, or none."
+            )
 
     @property
     def downsample(self) -> int:
@@ -82,7 +98,7 @@ class PyramidLevel(nn.Module):
     """Residual blocks of one size, each followed by attention where asked."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, *, attention: bool, bias: bool, shortcut: str = "input"
+        self, in_channels: int, out_channels: int, blocks: int, *, attention: bool, bias: bool, shortcut: str
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -100,11 +116,11 @@ class PyramidLevel(nn.Module):
         return self.resize(hidden)
 
 
-def middle(config: PyramidConfig, shortcut: str = "input") -> nn.Sequential:
+def middle(config: PyramidConfig) -> nn.Sequential:
     """The blocks on the coarsest grid."""
     width = config.channels[-1]
     layers: list[nn.Module] = [
-        PyramidBlock(width, width, bias=config.bias, shortcut=shortcut) for _ in range(config.middle_blocks)
+        PyramidBlock(width, width, bias=config.bias, shortcut=config.shortcut) for _ in range(config.middle_blocks)
     ]
     if config.middle_attention:
         layers.insert(1, GridAttention(width))
@@ -116,19 +132,25 @@ class PyramidTrunk(nn.Module):
 
     def __init__(self, config: PyramidEncoderConfig) -> None:
         super().__init__()
+        self.mean, self.std = config.mean, config.std
         self.stem = nn.Conv2d(3, config.stem_channels, 3, padding=1, bias=config.bias)
         self.levels = nn.ModuleList()
         width = config.stem_channels
         for level, channels in enumerate(config.channels):
             attention = level in config.attention_levels
-            stage = PyramidLevel(width, channels, config.blocks, attention=attention, bias=config.bias)
+            stage = PyramidLevel(
+                width, channels, config.blocks, attention=attention, bias=config.bias, shortcut=config.shortcut
+            )
             if level + 1 < len(config.channels):
-                stage.resize = Halve(channels, centred=config.centred)
+                stage.resize = nn.AvgPool2d(2) if config.averaged else Halve(channels, centred=config.centred)
             self.levels.append(stage)
             width = channels
         self.middle = middle(config)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.mean:
+            mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+            pixel_values = (pixel_values - mean) / std
         hidden = self.stem(pixel_values)
         for level in self.levels:
             hidden = level(hidden)
@@ -153,13 +175,11 @@ class PyramidDecoderConfig(PyramidConfig, DecoderOptions):
     """The decoder; `channels` are fine to coarse here too.
 
     Args:
-        shortcut: what the 1x1 shortcuts read; see `PyramidBlock`.
         upsampling: `nearest` and a convolution, or a convolution and a `shuffle` of its channels into space.
         adaptive: whether every level begins with a norm conditioned on the decoder's input.
     """
 
     blocks: int = 3
-    shortcut: str = "input"
     upsampling: str = "nearest"
     adaptive: bool = False
 
@@ -184,7 +204,7 @@ class PyramidDecoder(nn.Module):
         super().__init__()
         width = config.channels[-1]
         self.stem = nn.Conv2d(config.code_channels, width, 3, padding=1)
-        self.middle = middle(config, config.shortcut)
+        self.middle = middle(config)
         self.levels, self.adaptive = nn.ModuleList(), nn.ModuleList()  # coarse to fine
         for level in reversed(range(len(config.channels))):
             channels = config.channels[level]

@@ -34,7 +34,9 @@ from unimm.codec.feature_decoder import (
     NoDecoder,
     NoDecoderConfig,
 )
+from unimm.codec.flow import FlowDecoder, FlowDecoderConfig
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
+from unimm.codec.merging import LevelViTConfig, LevelViTDecoder, MergingResampler, MergingResamplerConfig
 from unimm.codec.pair import PairEncoder, PairEncoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
@@ -68,6 +70,7 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "latent": (LatentResamplerConfig, LatentResampler),
     "qformer": (QFormerResamplerConfig, QFormerResampler),
     "registers": (RegisterResamplerConfig, RegisterResampler),
+    "merging": (MergingResamplerConfig, MergingResampler),
     "select": (SelectResamplerConfig, SelectResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -76,11 +79,13 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "pyramid": (PyramidDecoderConfig, PyramidDecoder),
     "vitamin": (VitaminDecoderConfig, VitaminDecoder),
     "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
+    "level_vit": (LevelViTConfig, LevelViTDecoder),
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
     "dual": (DualDecoderConfig, DualDecoder),
     "attention_dual": (AttentionDualConfig, AttentionDualDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
+    "flow": (FlowDecoderConfig, FlowDecoder),
     "none": (NoDecoderConfig, NoDecoder),
 }

@@ -68,3 +68,25 @@ class GatedBlock(nn.Module):
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         hidden = hidden + self.attention(normed(hidden), mask)
         return hidden + self.mlp(normed(hidden))
+
+
+class ModulatedGatedBlock(nn.Module):
+    """A gated block whose norms are scaled and shifted, and whose updates are gated, by a condition (DiT, 2212.09748).
+
+    Each of several kinds of tokens has scales, shifts and gates of its own.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, mlp_width: int, kinds: int) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.attention = NormedAttention(width, num_heads)
+        self.mlp = GatedMLP(width, mlp_width)
+        self.modulation = nn.Linear(width, kinds * 6 * width)
+
+    def forward(self, hidden: torch.Tensor, condition: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+        """`[B, N, D]` under a condition `[B, D]`, whose tokens are of the kinds int64 `[N]`."""
+        modulation = self.modulation(F.silu(condition)).unflatten(1, (self.kinds, 6, -1))  # [B, kinds, 6, D]
+        parts = (part[:, kind] for part in modulation.unbind(dim=2))  # six of [B, N, D]
+        gate, mlp_gate, shift, scale, mlp_shift, mlp_scale = parts
+        hidden = hidden + gate * self.attention(normed(hidden) * (1 + scale) + shift)
+        return hidden + mlp_gate * self.mlp(normed(hidden) * (1 + mlp_scale) + mlp_shift)

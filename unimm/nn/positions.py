@@ -24,6 +24,13 @@ def sincos_2d(rows: int, columns: int, width: int, device: torch.device) -> torc
     return torch.cat([row_part, column_part], dim=-1).reshape(rows * columns, width)
 
 
+def time_features(time: torch.Tensor, width: int, period: float) -> torch.Tensor:
+    """Cosines, then sines, of times `[B]` at frequencies falling from 1 to almost 1 / `period`, `[B, width]`."""
+    frequencies = period ** -(torch.arange(width // 2, device=time.device, dtype=torch.float32) / (width // 2))
+    angles = time.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 def resized_table(table: torch.Tensor, rows: int, columns: int, *, antialias: bool = False) -> torch.Tensor:
     """Learned positions `[side * side, width]` of a square grid, resized bilinearly to `[rows * columns, width]`."""
     side = round(len(table) ** 0.5)

@@ -102,6 +102,9 @@ class CodecTask:
         losses = reconstruction_losses(drawn, pixels, self.recipe.loss)
         losses["quantizer"] = output.quantizer_loss
         total = losses["loss"] + output.quantizer_loss
+        if output.velocity_loss is not None:
+            losses["velocity"] = output.velocity_loss
+            total = total + output.velocity_loss
         if self.perceptual is not None:
             losses["perceptual"] = perceptual_loss(self.perceptual, drawn, pixels)
             total = total + self.recipe.perceptual.weight * losses["perceptual"]

@@ -1,6 +1,8 @@
-"""FlexTok's codes: registers over the latents of a VAE, rounded. Its decoder, a rectified flow, stays behind."""
+"""FlexTok: registers over the latents of a VAE, rounded, and a rectified flow that draws such latents from them."""
 
 from __future__ import annotations
+
+import torch
 
 from unimm.codec import VisualCodecConfig
 from unimm.conversion.upstream import (
@@ -9,13 +11,13 @@ from unimm.conversion.upstream import (
     Rename,
     Upstream,
     UpstreamConfig,
+    blocks_last_to_first,
     cells_of_grid,
     kernel_of_blocks,
 )
 
-ENCODER = r"encoder\.module_dict"
-# The flow decoder, and the stock VAE whose latents the codec reads.
-WITHOUT_EFFECT = (r"decoder\.module_dict\..*", r"vae\..*")
+ENCODER, DECODER = r"encoder\.module_dict", r"decoder\.module_dict"
+WITHOUT_EFFECT = (r"vae\..*",)  # the stock VAE whose latents the codec reads and draws
 
 
 def mlp_width(width: int) -> int:
@@ -35,17 +37,40 @@ def block_renames(source: str, target: str) -> tuple[Rename, ...]:
     return (*fused, *single)
 
 
+def row_per_position(table: torch.Tensor) -> torch.Tensor:
+    """Positions `[1, 1, D, N]` as `[N, D]`."""
+    return table[0, 0].T.contiguous()
+
+
+def decoder_renames(patch: int) -> tuple[Rename, ...]:
+    patches, head = rf"{DECODER}\.dec_noise_patch_emb\.patch_proj", rf"{DECODER}\.dec_to_patches\.proj"
+    modulation = rf"{DECODER}\.dec_transformer\.blocks\.(?P<index>\d+)\.adaLN_modulation\.1\.{LEAVES}"
+    return (
+        Rename(rf"{DECODER}\.dec_from_latents\.proj\.{LEAVES}", r"decoder.embed.\g<leaf>"),
+        Rename(rf"{DECODER}\.dec_registers_posemb_module\.posembs", "decoder.code_positions", row_per_position),
+        Rename(rf"{DECODER}\.dec_nested_dropout\.dropout_mask_token", "decoder.missing"),
+        Rename(rf"{DECODER}\.dec_latent_dropout\.nullcond", "decoder.dropped"),
+        Rename(rf"{patches}\.weight", "decoder.patches.conv.weight", kernel_of_blocks(patch)),
+        Rename(rf"{patches}\.bias", "decoder.patches.conv.bias"),
+        Rename(rf"{DECODER}\.dec_patches_posemb_module\.posembs", "decoder.positions", cells_of_grid),
+        Rename(rf"{DECODER}\.dec_time_embedder\.mlp\.(?P<layer>0|2)\.{LEAVES}", r"decoder.time.\g<layer>.\g<leaf>"),
+        *block_renames(rf"{DECODER}\.dec_transformer", "decoder"),
+        Rename(modulation, r"decoder.blocks.\g<index>.modulation.\g<leaf>"),
+        Rename(rf"{head}\.{LEAVES}", r"decoder.to_patches.\g<leaf>", blocks_last_to_first(patch)),
+    )
+
+
 def plan(upstream: UpstreamConfig) -> Plan:
-    """The plan of the encoder and the quantizer of `FlexTok`.
+    """The plan of `FlexTok` without its VAE.
 
     Raises:
         ValueError: a width that heads do not divide.
     """
-    width, head = upstream.get("enc_dim"), upstream.get("head_dim", 64)
+    width, drawn_width, head = upstream.get("enc_dim"), upstream.get("dec_dim"), upstream.get("head_dim", 64)
     tokens, side, patch = upstream.get("registers"), upstream.get("grid"), upstream.get("patch", 2)
     levels, channels = upstream.get("fsq_levels"), upstream.get("latent_channels")
-    if width % head:
-        raise ValueError(f"enc_dim is {width} and head_dim {head}; the second must divide the first.")
+    if width % head or drawn_width % head:
+        raise ValueError(f"enc_dim is {width}, dec_dim {drawn_width} and head_dim {head}, which must divide both.")
     grid = {"rows": side, "columns": side}
     config = VisualCodecConfig(
         image_size=side * patch,
@@ -62,9 +87,16 @@ def plan(upstream: UpstreamConfig) -> Plan:
         quantizer={"kind": "fsq", "levels": levels, "project": False},
         length={"kind": "sequence", "tokens": tokens, "prefixes": True, **grid},
         decoder={
-            "kind": "none",
+            "kind": "flow",
             "dim": len(levels),
-            "drawn_by": "FlexTok's rectified-flow decoder, which is not converted,",
+            "tokens": tokens,
+            "patch": patch,
+            "latent_channels": channels,
+            "width": drawn_width,
+            "depth": upstream.get("dec_depth"),
+            "num_heads": drawn_width // head,
+            "mlp_width": mlp_width(drawn_width),
+            **grid,
         },
     )
     patches = rf"{ENCODER}\.enc_patch_emb\.patch_proj"
@@ -75,6 +107,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         Rename(rf"{ENCODER}\.enc_register_module\.registers", "resampler.registers"),
         *block_renames(rf"{ENCODER}\.enc_transformer", "resampler"),
         Rename(rf"{ENCODER}\.enc_to_latents\.proj\.{LEAVES}", r"resampler.to_positions.\g<leaf>"),
+        *decoder_renames(patch),
     )
     return Plan(config, renames, WITHOUT_EFFECT)
 

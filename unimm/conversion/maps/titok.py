@@ -89,10 +89,16 @@ def pixel_head_renames(patch: int) -> tuple[Rename, ...]:
 
 def soft_codebook_renames(num_levels: int) -> tuple[Rename, ...]:
     """The head over a second codebook and its pixel decoder."""
-    pixels = "decoder.head.pixels"
-    renames = [
+    return (
         *under(r"decoder\.ffn", "decoder.head.to_scores", {"0": "0", "2": "2"}),
         Rename(r"pixel_quantize\.embedding\.weight", "decoder.head.rows"),
+        *pixel_decoder_renames("decoder.head.pixels", num_levels),
+    )
+
+
+def pixel_decoder_renames(pixels: str, num_levels: int) -> tuple[Rename, ...]:
+    """The decoder of MaskGIT's VQGAN."""
+    renames = [
         *under("pixel_decoder", pixels, ENDS),
         *under(r"pixel_decoder\.mid\.(?P<index>\d+)", pixels + r".middle.\g<index>", BLOCK),
     ]
