@@ -17,6 +17,8 @@ from unimm.codec.encoders import LocalEncoderConfig, stretched_luminance
 from unimm.codec.quantizers import (
     FSQ,
     VQ,
+    BitQuantizer,
+    BitsConfig,
     FSQConfig,
     ProductVQ,
     ProductVQConfig,
@@ -29,13 +31,18 @@ from unimm.codec.quantizers.vector import nearest_rows
 
 PYRAMID = {"channels": [32, 32, 32, 32, 32], "blocks": 1, "attention_levels": [4], "code_channels": 16}
 VITAMIN = {"stages": [8, 16], "blocks": [1, 2], "width": 16, "depth": 1, "num_heads": 2}
+JOINT = {"patch": 16, "tower_width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24, "table_side": 3, "dim": 16}
+FRAME = {"patch": 16, "width": 16, "num_heads": 2, "head_width": 8, "mlp_width": 24, "windows": [0, 2], "moments": 1}
 SEQUENCE = {"tokens": 4, "rows": 2, "columns": 2}
+TRUNK = {"tokens": 4, "depth": 2, "num_heads": 2, "mlp_width": 24, "axes": [2, 2, 4], "turns": [0]}
 TINY = {
     "encoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [8, 16], "blocks": 1},
         "form_and_palette": {"kind": "form_and_palette", "patch": 16, "branch_width": 8, "blocks": 1},
         "local": {"kind": "local", "patch": 8, "channels": [8, 16], "kernels": [3, 1]},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2, "table_side": 3},
+        "joint": {"kind": "joint", **JOINT},
+        "frame": {"kind": "frame", **FRAME},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
         "pyramid": {"kind": "pyramid", **PYRAMID, "stem_channels": 32},
         "vitamin": {"kind": "vitamin", **VITAMIN},
@@ -69,6 +76,8 @@ TINY = {
     "decoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [16, 8], "blocks": 1},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2},
+        "joint": {"kind": "joint", **JOINT},
+        "frame": {"kind": "frame", **FRAME},
         "pyramid": {"kind": "pyramid", **PYRAMID, "upsampling": "shuffle", "adaptive": True},
         "vitamin": {"kind": "vitamin", **VITAMIN},
         "dual": {
@@ -90,6 +99,7 @@ TINY = {
             "rows": 2,
             "columns": 2,
         },
+        "rotary_mask": {"kind": "rotary_mask", **TRUNK, "dim": 16, "width": 16, "patch": 16},
         "features": {"kind": "features", "width": 32, "blocks": 1},
         "feature_vit": {"kind": "feature_vit", "dim": 16, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "embedding": {"kind": "embedding", "dim": 16, "tokens": 4, "width": 24, "depth": 1, "out_dim": 8},
@@ -112,6 +122,7 @@ TINY = {
         "vq": {"kind": "vq", "size": 32, "dim": 4, "ema_decay": 0.9, "restart_below": 0.1},
         "product": {"kind": "product", "sizes": [12, 7], "dim": 4},
         "sign": {"kind": "sign"},
+        "bits": {"kind": "bits", "bits": 5},
         "residual": {"kind": "residual", "size": 12, "dim": 16, "depth": 3, "project": False, "normalize": False},
         "twin": {
             "kind": "twin",
@@ -125,6 +136,7 @@ TINY = {
         "attention": {"kind": "attention", "dim": 8, "num_heads": 2, "causal": True},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
         "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
+        "rotary_latents": {"kind": "rotary_latents", **TRUNK, "dim": 16, "nominal_side": 3},
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
             "kind": "qformer",
@@ -140,6 +152,7 @@ TINY = {
         "fixed": {"kind": "fixed", "rows": 2, "columns": 2},
         "resolution": {"kind": "resolution", "min_side": 1, "max_side": 3, "max_positions": 6},
         "sequence": {"kind": "sequence", **SEQUENCE, "prefixes": True},
+        "any_sequence": {"kind": "any_sequence", "tokens": 4, "step": 2, "max_side": 4},
         "kept": {"kind": "kept", "rows": 2, "columns": 2},
         "levels": {"kind": "levels", "sides": [1, 2]},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
@@ -149,10 +162,12 @@ TINY = {
 LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
 QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
 REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
+ROTARY = {"resampler": "rotary_latents", "decoder": "rotary_mask", "length": "any_sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
 SCALES = {"quantizer": "scales", "length": "levels"}
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
+COMPANIONS |= dict.fromkeys(ROTARY.values(), ROTARY)
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
@@ -291,6 +306,20 @@ def test_fsq_without_projection_takes_one_channel_per_level():
         FSQ(FSQConfig((4, 3), project=False), dim=5)
 
 
+def test_groups_of_fsq_are_quantised_alone():
+    quantizer, alone = (FSQ(FSQConfig((4, 3), project=False, groups=groups), dim=2 * groups) for groups in (3, 1))
+    vectors = torch.randn(2, 5, 6)
+    quantized = quantizer(vectors)
+    assert quantizer.sizes == (12, 12, 12)
+    for slot, part in enumerate(vectors.chunk(3, dim=-1)):
+        assert quantized.ids[..., slot : slot + 1].equal(alone(part).ids)
+    rows = [rows[quantized.ids[..., slot]] for slot, rows in enumerate(quantizer.code_vectors())]
+    torch.testing.assert_close(torch.cat(rows, dim=-1), quantized.vectors)
+    torch.testing.assert_close(quantizer.lookup(quantized.ids), quantized.vectors)
+    with pytest.raises(ValueError, match="under project: false"):
+        FSQ(FSQConfig((4, 3), groups=2), dim=4)
+
+
 def test_every_fsq_id_has_vectors_of_its_own():
     quantizer = FSQ(FSQConfig((4, 3, 5)), dim=3)
     quantizer.to_vectors.weight.data, quantizer.to_vectors.bias.data = torch.eye(3), torch.zeros(3)
@@ -332,6 +361,34 @@ def test_wrong_parts_sides_and_depths_are_refused():
             config()
     with pytest.raises(ValueError, match="exactly 5"):
         build(**{name: TINY[name][kind] for name, kind in SCALES.items()}).encode(pixels(), num_tokens=4)
+
+
+def test_bits_are_drawn_by_their_chance_in_training_and_sum_their_rows():
+    quantizer = BitQuantizer(BitsConfig(bits=6), dim=4)
+    vectors = torch.randn(2, 500, 4)
+    assert quantizer.eval()(vectors).ids.equal((quantizer.to_bits(vectors) > 0).long())
+    drawn = quantizer.train()(vectors)
+    chances = quantizer.to_bits(vectors).sigmoid()
+    assert drawn.ids.float().mean().item() == pytest.approx(chances.mean().item(), abs=0.05)
+    assert not drawn.ids.equal((chances > 0.5).long())
+    assert drawn.loss.item() == pytest.approx(0.1 * (chances * (1 - chances)).mean().item())
+    apart = sum(rows[drawn.ids[..., slot]] for slot, rows in enumerate(quantizer.code_vectors()))
+    torch.testing.assert_close(apart, quantizer.lookup(drawn.ids), atol=1e-5, rtol=0)
+
+
+def test_rotary_transformers_that_cannot_be_are_refused():
+    for options, message in (
+        ({"axes": [2, 3, 3]}, "must be even and add up"),
+        ({"axes": [2, 2, 2]}, "must be even and add up"),
+        ({"turns": [2]}, "name different blocks"),
+        ({"turns": [0, 0]}, "name different blocks"),
+    ):
+        kinds = {socket: TINY[socket][kind] for socket, kind in ROTARY.items()}
+        with pytest.raises(ValueError, match=message):
+            build(**(kinds | {"resampler": kinds["resampler"] | options}))
+    codec = build(**{socket: TINY[socket][kind] for socket, kind in ROTARY.items()})
+    with pytest.raises(ValueError, match="cannot take a 48 x 32"):
+        codec.encode(pixels(1, 48, 32))
 
 
 @given(st.integers(2, 5), st.integers(0, 2**31))

@@ -105,7 +105,7 @@ class VisualCodecModel(PreTrainedModel):
             ids = self.quantizer(self._positions(pixel_values, arrangement.pool)).ids[:, : arrangement.length]
         if self.length.layout == "grid":
             return VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
-        return VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool))
+        return VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool), side_info=self._sizes(pixel_values))
 
     def kept_cells(
         self, pixel_values: torch.Tensor, *, generator: torch.Generator | None = None
@@ -136,6 +136,8 @@ class VisualCodecModel(PreTrainedModel):
         """Pictures `[B, 3, H, W]`, about `config.pixel_range` and not clamped; of a codec without pixels, its features.
 
         Args:
+            codes: of `encode`, or ids of the same shape. Where they leave the size of the picture open it is
+                `side_info["size"]`, int64 `[B, 2]` of height and width, and without that `config.image_size` squared.
             condition: float `[B, L, D]` text features, for decoders that draw under a text.
 
         Raises:
@@ -146,7 +148,7 @@ class VisualCodecModel(PreTrainedModel):
         with torch.no_grad():
             if self.length.ragged:
                 return self.decoder(self.resampler.restore(self.lookup(codes), grid), codes.mask)
-            return self._draw(self.lookup(codes), grid, condition)
+            return self._draw(self.lookup(codes), grid, condition, self._drawn_size(codes))
 
     def features(self, codes: VisualCodes) -> torch.Tensor:
         """What the codes mean rather than show: features `[B, M, D]` that the codec rebuilds of a vision tower.
@@ -205,7 +207,8 @@ class VisualCodecModel(PreTrainedModel):
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
         ids = quantized.ids[:, : arrangement.length]
-        output = CodecOutput(self._draw(vectors, grid, condition), ids, quantized.loss)
+        drawn = self._draw(vectors, grid, condition, (pixel_values.shape[2], pixel_values.shape[3]))
+        output = CodecOutput(drawn, ids, quantized.loss)
         if isinstance(self.decoder, TwoSidedDecoder):
             output.features = self.decoder.features(self.resampler.restore(vectors, grid))
         return output
@@ -242,8 +245,29 @@ class VisualCodecModel(PreTrainedModel):
         ids, mask = padded(quantized.ids[0], keep.bool())
         return Quantized(ids, padded(quantized.vectors[0], keep.bool())[0], quantized.loss), mask
 
-    def _draw(self, vectors: torch.Tensor, grid: tuple[int, int], condition: torch.Tensor | None) -> torch.Tensor:
+    def _sizes(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Height and width of each picture, where its codes need them to be drawn."""
+        if not self.decoder_options.draws_any_size:
+            return {}
+        return {"size": torch.tensor([pixel_values.shape[2:]] * len(pixel_values), device=pixel_values.device)}
+
+    def _drawn_size(self, codes: VisualCodes) -> tuple[int, int]:
+        """(height, width) to draw at."""
+        sizes = codes.side_info.get("size")
+        if sizes is None:
+            return self.config.image_size, self.config.image_size
+        if not bool((sizes == sizes[:1]).all()):
+            raise ValueError(f"Codes are of pictures of {sizes.tolist()}; decode pictures of one (height, width).")
+        height, width = sizes[0].tolist()
+        self.config.grid(height, width)
+        return height, width
+
+    def _draw(
+        self, vectors: torch.Tensor, grid: tuple[int, int], condition: torch.Tensor | None, size: tuple[int, int]
+    ) -> torch.Tensor:
         restored = self.resampler.restore(vectors, grid)
+        if self.decoder_options.draws_any_size:
+            return self.decoder(restored, size)
         return self.decoder(restored) if condition is None else self.decoder(restored, condition.to(restored.dtype))
 
     def _check_codes(self, codes: VisualCodes) -> tuple[int, int]:

@@ -34,6 +34,8 @@ from unimm.codec.feature_decoder import (
     NoDecoder,
     NoDecoderConfig,
 )
+from unimm.codec.frame import FrameDecoder, FrameDecoderConfig, FrameEncoder, FrameEncoderConfig
+from unimm.codec.joint import JointDecoder, JointDecoderConfig, JointEncoder, JointEncoderConfig
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.pair import PairEncoder, PairEncoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
@@ -46,6 +48,12 @@ from unimm.codec.resamplers import (
     GridResamplerConfig,
     Resampler,
 )
+from unimm.codec.rotary_latents import (
+    RotaryLatentsConfig,
+    RotaryLatentsResampler,
+    RotaryMaskConfig,
+    RotaryMaskDecoder,
+)
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
 from unimm.codec.taps import TapEncoder, TapEncoderConfig
 from unimm.codec.vitamin import VitaminDecoder, VitaminDecoderConfig, VitaminEncoder, VitaminEncoderConfig
@@ -55,6 +63,8 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "local": (LocalEncoderConfig, LocalEncoder),
     "form_and_palette": (FormAndPaletteConfig, FormAndPaletteEncoder),
     "vit": (ViTEncoderConfig, ViTEncoder),
+    "joint": (JointEncoderConfig, JointEncoder),
+    "frame": (FrameEncoderConfig, FrameEncoder),
     "patches": (PatchEncoderConfig, PatchEncoder),
     "pyramid": (PyramidEncoderConfig, PyramidEncoder),
     "vitamin": (VitaminEncoderConfig, VitaminEncoder),
@@ -68,14 +78,18 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "latent": (LatentResamplerConfig, LatentResampler),
     "qformer": (QFormerResamplerConfig, QFormerResampler),
     "registers": (RegisterResamplerConfig, RegisterResampler),
+    "rotary_latents": (RotaryLatentsConfig, RotaryLatentsResampler),
     "select": (SelectResamplerConfig, SelectResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
     "vit": (ViTDecoderConfig, ViTDecoder),
+    "joint": (JointDecoderConfig, JointDecoder),
+    "frame": (FrameDecoderConfig, FrameDecoder),
     "pyramid": (PyramidDecoderConfig, PyramidDecoder),
     "vitamin": (VitaminDecoderConfig, VitaminDecoder),
     "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
+    "rotary_mask": (RotaryMaskConfig, RotaryMaskDecoder),
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),

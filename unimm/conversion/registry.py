@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 
 from unimm.conversion.maps import (
+    atoken,
     dualtoken,
     evotok,
     flextok,
     fqgan,
+    instella,
     lavit,
     lavit_system,
     llamagen,
+    omnitokenizer,
     seed,
     seed_llama,
     seed_voken,
@@ -45,6 +48,9 @@ UPSTREAMS: dict[str, Upstream] = {
         lavit.TOKENIZER,
         fqgan.DUAL,
         fqgan.TRIPLE,
+        instella.TOKENIZER,
+        atoken.TOKENIZER,
+        omnitokenizer.TOKENIZER,
         evotok.TOKENIZER,
         dualtoken.TOKENIZER,
         tokenflow.TOKENIZER,
