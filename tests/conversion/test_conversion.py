@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from unimm import VisualCodecImageProcessor, VisualCodecModel, VisualCodes
+from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, VisualCodes
 from unimm.cli.main import main
 from unimm.codec.image_processing import any_shape_size
 from unimm.codec.selection import padded
 from unimm.conversion import UPSTREAMS, convert, find_upstream
 from unimm.conversion.upstream import UpstreamConfig
+from unimm.sequence.vocabulary import VisualVocabulary
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 OUTPUTS = (
@@ -26,6 +27,7 @@ OUTPUTS = (
     "image_embedding",
     "lowres_cond_argmax",
 )  # what decoding gives, by upstream's name
+CLAMPED = ("mingtok",)  # the reference clamps what it draws, and a codec does so in `pictures` alone
 TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
 FIXTURES = [system for system in UPSTREAMS if (GOLDEN / system).is_dir()]  # whole systems are put together from parts
 CODECS = [
@@ -115,6 +117,8 @@ def assert_codes(system, codes, expected):
     elif "token_num_argmax" in expected:
         assert codes.lengths.equal(expected["token_num_argmax"])
         assert codes.ids[codes.mask][:, 0].equal(expected["codes_argmax"])
+    elif "latent" in expected:
+        torch.testing.assert_close(codes.side_info["latents"], expected["latent"], atol=TOLERANCE, rtol=0)
     else:
         assert codes.ids[..., 0].equal(as_ids(expected["codes"]))
 
@@ -135,6 +139,7 @@ def test_codes_and_output_equal_the_reference(system, converted):
         assert not codec.config.reads_pixels
         return
     drawn = codec.decode(codes, condition=expected.get("text_guidance"))
+    drawn = drawn.clamp(-1, 1) if system in CLAMPED else drawn
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
 
 
@@ -292,6 +297,10 @@ def test_wrong_pixels_and_codes_are_refused(system, converted):
         with pytest.raises(ValueError, match=r"pixel_values|cannot take"):
             codec.encode(values)
     codes = codec.encode(good)
+    if not codec.spec_without_fingerprint.sizes:
+        with pytest.raises(ValueError, match="continuous latents and no ids"):
+            codec.decode(VisualCodes(codes.ids, codes.mask, codes.grid))
+        return
     for value in (-1, codec.spec_without_fingerprint.sizes[-1]):
         outside = VisualCodes(codes.ids.clone(), codes.mask, codes.grid)
         outside.ids[0, 0, -1] = value
@@ -409,6 +418,31 @@ def test_omnitokenizer_searches_raw_rows_and_refuses_what_no_picture_needs(conve
 
 
 MISSPELLED = {"casual_in_peg": False}  # as released configurations have it
+
+
+@torch.no_grad()
+def test_mingtok_unfolds_latents_one_after_the_other(converted):
+    codec, expected = AutoModel.from_pretrained(converted("mingtok")).eval(), reference("mingtok")
+    codes = codec.encode(expected["pixel_values"])
+    torch.testing.assert_close(codec.features(codes), expected["features"], atol=TOLERANCE, rtol=0)
+    unfolded = codec.decoder.unfolded(codes.side_info["latents"])
+    torch.testing.assert_close(unfolded, expected["features_incremental"], atol=TOLERANCE, rtol=0)
+    begun = codec.decoder.unfolded(codes.side_info["latents"][:, :5])
+    torch.testing.assert_close(begun, unfolded[:, :5], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="continuous latents has none"):
+        VisualVocabulary(8, codec.spec.sizes, 0, 1, 2, 3)
+
+
+def test_mingtok_reads_a_larger_picture(converted):
+    expected, size = reference("mingtok"), {"rows": 5, "columns": 5, "tokens": 26}
+    config = AutoConfig.from_pretrained(converted("mingtok")).to_dict()
+    config = VisualCodecConfig(**config | {"image_size": 40, "length": config["length"] | size})
+    codec = AutoModel.from_pretrained(converted("mingtok"), config=config).eval()
+    codes = codec.encode(expected["pixel_values_larger"])
+    torch.testing.assert_close(codes.side_info["latents"], expected["latent_larger"], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(codec.features(codes), expected["features_larger"], atol=TOLERANCE, rtol=0)
+    drawn = codec.decode(codes).clamp(-1, 1)
+    torch.testing.assert_close(drawn, expected["reconstruction_larger"], atol=TOLERANCE, rtol=0)
 
 
 def test_seed_looks_up_raw_rows_and_its_queries_are_causal(converted):

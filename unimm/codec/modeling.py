@@ -84,7 +84,7 @@ class VisualCodecModel(PreTrainedModel):
     def encode(
         self, pixel_values: torch.Tensor, *, num_tokens: int | None = None, generator: torch.Generator | None = None
     ) -> VisualCodes:
-        """Codes of a batch of pictures.
+        """Codes of a batch of pictures; of a codec without a codebook, latents as `side_info["latents"]`, `[B, N, D]`.
 
         Args:
             pixel_values: float `[B, 3, H, W]` in `config.pixel_range`, or latents `[B, C, H, W]` where the codec reads
@@ -102,10 +102,16 @@ class VisualCodecModel(PreTrainedModel):
             if isinstance(self.resampler, SelectResampler):
                 quantized, mask = self._quantize_kept(self.resampler, pixel_values, generator)
                 return VisualCodes(quantized.ids, mask)
-            ids = self.quantizer(self._positions(pixel_values, arrangement.pool)).ids[:, : arrangement.length]
+            quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
+        ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
-            return VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
-        return VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool), side_info=self._sizes(pixel_values))
+            codes = VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
+        else:
+            codes = VisualCodes(ids, torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device))
+        codes.side_info |= self._sizes(pixel_values)
+        if not self.quantizer.sizes:
+            codes.side_info["latents"] = quantized.vectors[:, : arrangement.length]
+        return codes
 
     def kept_cells(
         self, pixel_values: torch.Tensor, *, generator: torch.Generator | None = None
@@ -124,8 +130,14 @@ class VisualCodecModel(PreTrainedModel):
             return features.flatten(2).transpose(1, 2), self.resampler.select(features, generator)
 
     def lookup(self, codes: VisualCodes) -> torch.Tensor:
-        """The vectors that the codes stand for, float32 `[B, N, D]`."""
+        """The vectors that the codes stand for, float32 `[B, N, D]`.
+
+        Raises:
+            ValueError: ids out of range, or a codec without ids and codes without latents.
+        """
         codes.validate(self.spec_without_fingerprint)
+        if not self.quantizer.sizes:
+            return self._latents(codes)
         return self.quantizer.lookup(codes.ids.masked_fill(~codes.mask[..., None], 0))
 
     def code_vectors(self) -> tuple[torch.Tensor, ...]:
@@ -244,6 +256,17 @@ class VisualCodecModel(PreTrainedModel):
         quantized = self.quantizer(positions[None])  # all pictures in a row, [1, M, D]: no loss on padding
         ids, mask = padded(quantized.ids[0], keep.bool())
         return Quantized(ids, padded(quantized.vectors[0], keep.bool())[0], quantized.loss), mask
+
+    def _latents(self, codes: VisualCodes) -> torch.Tensor:
+        wanted = (*codes.ids.shape[:2], self.dim)
+        latents = codes.side_info.get("latents")
+        if latents is None or latents.shape != wanted:
+            seen = "missing" if latents is None else str(tuple(latents.shape))
+            raise ValueError(
+                f"This codec has continuous latents and no ids, and side_info['latents'] is {seen}; "
+                f"give floats {wanted}, as encode does."
+            )
+        return latents.float()
 
     def _sizes(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Height and width of each picture, where its codes need them to be drawn."""

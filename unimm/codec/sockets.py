@@ -56,6 +56,7 @@ from unimm.codec.rotary_latents import (
 )
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
 from unimm.codec.taps import TapEncoder, TapEncoderConfig
+from unimm.codec.unfolding import ClosingViT, ClosingViTConfig, UnfoldingDecoder, UnfoldingDecoderConfig
 from unimm.codec.vitamin import VitaminDecoder, VitaminDecoderConfig, VitaminEncoder, VitaminEncoderConfig
 
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -71,6 +72,7 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "branches": (BranchEncoderConfig, BranchEncoder),
     "pair": (PairEncoderConfig, PairEncoder),
     "taps": (TapEncoderConfig, TapEncoder),
+    "closing_vit": (ClosingViTConfig, ClosingViT),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
@@ -94,6 +96,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
     "dual": (DualDecoderConfig, DualDecoder),
+    "unfolding": (UnfoldingDecoderConfig, UnfoldingDecoder),
     "attention_dual": (AttentionDualConfig, AttentionDualDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "none": (NoDecoderConfig, NoDecoder),

@@ -2,6 +2,7 @@
 
 from unimm.codec.quantizers.base import Quantized, Quantizer
 from unimm.codec.quantizers.bits import BitQuantizer, BitsConfig
+from unimm.codec.quantizers.continuous import Continuous, ContinuousConfig
 from unimm.codec.quantizers.estimators import ESTIMATORS
 from unimm.codec.quantizers.product import ProductVQ, ProductVQConfig
 from unimm.codec.quantizers.residual import ResidualVQ, ResidualVQConfig, TwinRVQ, TwinRVQConfig
@@ -19,6 +20,7 @@ QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
     "scales": (ScaleVQConfig, ScaleVQ),
     "sign": (SignConfig, SignQuantizer),
     "bits": (BitsConfig, BitQuantizer),
+    "continuous": (ContinuousConfig, Continuous),
 }
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "VQ",
     "BitQuantizer",
     "BitsConfig",
+    "Continuous",
+    "ContinuousConfig",
     "FSQConfig",
     "ProductVQ",
     "ProductVQConfig",
