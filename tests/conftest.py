@@ -1,8 +1,13 @@
-"""One tiny random model, built once per process and shared by all rooms."""
+"""One tiny random model, built once per process and shared by all rooms, and the fixtures of references."""
+
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from unimm import UniMMForConditionalGeneration, VisualCodecModel
@@ -14,6 +19,7 @@ from unimm.scorers.glyphs import find_font
 from unimm.sequence import train_text_tokenizer
 
 CAPTIONS = ["a red heart above a blue star", "draw a picture of three green circles", "what color is it?"]
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def font_missing() -> bool:
@@ -82,6 +88,30 @@ def random_llm(tokenizer):
         initializer_range=0.3,
     )
     return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory):
+    """The folder of a system's fixture, its weights whole: system -> folder.
+
+    Weights that two fixtures have in common are stored once; `same.json` says where: system -> key -> (system, key).
+    """
+    same = json.loads((GOLDEN / "same.json").read_text())
+    root = tmp_path_factory.mktemp("golden")
+
+    def folder(system):
+        if system not in same:
+            return GOLDEN / system
+        if not (root / system).exists():
+            shutil.copytree(GOLDEN / system, root / system)
+            weights = load_file(GOLDEN / system / "weights.safetensors")
+            for key, (other, name) in same[system].items():
+                assert key not in weights
+                weights[key] = load_file(GOLDEN / other / "weights.safetensors")[name]
+            save_file(weights, root / system / "weights.safetensors")
+        return root / system
+
+    return folder
 
 
 @pytest.fixture(scope="session")

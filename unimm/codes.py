@@ -108,7 +108,8 @@ class VisualCodes:
         """Codes of equal grids: int64 `[B, rows, columns, K]` flattened in raster order."""
         batch, rows, columns, num_codebooks = ids.shape
         flat = ids.reshape(batch, rows * columns, num_codebooks)
-        return cls(flat, torch.ones_like(flat[..., 0], dtype=torch.bool), [(rows, columns)] * batch)
+        mask = torch.ones(flat.shape[:2], dtype=torch.bool, device=flat.device)
+        return cls(flat, mask, [(rows, columns)] * batch)
 
     def record(self, index: int) -> dict[str, Any]:
         """One picture as plain numbers: `codes` `[N][K]`, and `height` and `width` of its grid, 0 where it has none."""

@@ -26,6 +26,8 @@ from unimm.codec.pyramid import PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.quantizers import (
     FSQ,
     VQ,
+    BitQuantizer,
+    BitsConfig,
     FSQConfig,
     ProductVQ,
     ProductVQConfig,
@@ -38,13 +40,18 @@ from unimm.codec.quantizers.vector import nearest_rows
 
 PYRAMID = {"channels": [32, 32, 32, 32, 32], "blocks": 1, "attention_levels": [4], "code_channels": 16}
 VITAMIN = {"stages": [8, 16], "blocks": [1, 2], "width": 16, "depth": 1, "num_heads": 2}
+JOINT = {"patch": 16, "tower_width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24, "table_side": 3, "dim": 16}
+FRAME = {"patch": 16, "width": 16, "num_heads": 2, "head_width": 8, "mlp_width": 24, "windows": [0, 2], "moments": 1}
 SEQUENCE = {"tokens": 4, "rows": 2, "columns": 2}
+TRUNK = {"tokens": 4, "depth": 2, "num_heads": 2, "mlp_width": 24, "axes": [2, 2, 4], "turns": [0]}
 TINY = {
     "encoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [8, 16], "blocks": 1},
         "form_and_palette": {"kind": "form_and_palette", "patch": 16, "branch_width": 8, "blocks": 1},
         "local": {"kind": "local", "patch": 8, "channels": [8, 16], "kernels": [3, 1]},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2, "table_side": 3},
+        "joint": {"kind": "joint", **JOINT},
+        "frame": {"kind": "frame", **FRAME},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
         "pyramid": {"kind": "pyramid", **PYRAMID, "stem_channels": 32},
         "vitamin": {"kind": "vitamin", **VITAMIN},
@@ -67,6 +74,16 @@ TINY = {
             "pixel_heads": 2,
             "meaning_heads": 4,
         },
+        "closing_vit": {
+            "kind": "closing_vit",
+            "dim": 4,
+            "patch": 16,
+            "tower_width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_width": 24,
+            "table_side": 3,
+        },
         "pair": {
             "kind": "pair",
             "tower": {"patch": 16, "width": 16, "depth": 1, "num_heads": 2},
@@ -78,6 +95,8 @@ TINY = {
     "decoder": {
         "conv": {"kind": "conv", "patch": 8, "channels": [16, 8], "blocks": 1},
         "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2},
+        "joint": {"kind": "joint", **JOINT},
+        "frame": {"kind": "frame", **FRAME},
         "pyramid": {"kind": "pyramid", **PYRAMID, "upsampling": "shuffle", "adaptive": True},
         "vitamin": {"kind": "vitamin", **VITAMIN},
         "dual": {
@@ -99,6 +118,21 @@ TINY = {
             "rows": 2,
             "columns": 2,
         },
+        "unfolding": {
+            "kind": "unfolding",
+            "dim": 4,
+            "std": 2.0,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_width": 24,
+            "pixel_width": 12,
+            "pixel_depth": 1,
+            "pixel_heads": 2,
+            "factor": 2,
+            "patch": 8,
+        },
+        "rotary_mask": {"kind": "rotary_mask", **TRUNK, "dim": 16, "width": 16, "patch": 16},
         "features": {"kind": "features", "width": 32, "blocks": 1},
         "feature_vit": {"kind": "feature_vit", "dim": 16, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "embedding": {"kind": "embedding", "dim": 16, "tokens": 4, "width": 24, "depth": 1, "out_dim": 8},
@@ -141,6 +175,8 @@ TINY = {
         "vq": {"kind": "vq", "size": 32, "dim": 4, "ema_decay": 0.9, "restart_below": 0.1},
         "product": {"kind": "product", "sizes": [12, 7], "dim": 4},
         "sign": {"kind": "sign"},
+        "bits": {"kind": "bits", "bits": 5},
+        "continuous": {"kind": "continuous"},
         "residual": {"kind": "residual", "size": 12, "dim": 16, "depth": 3, "project": False, "normalize": False},
         "twin": {
             "kind": "twin",
@@ -163,6 +199,7 @@ TINY = {
             "num_heads": 2,
             "merge_in": [0],
         },
+        "rotary_latents": {"kind": "rotary_latents", **TRUNK, "dim": 16, "nominal_side": 3},
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
             "kind": "qformer",
@@ -178,6 +215,8 @@ TINY = {
         "fixed": {"kind": "fixed", "rows": 2, "columns": 2},
         "resolution": {"kind": "resolution", "min_side": 1, "max_side": 3, "max_positions": 6},
         "sequence": {"kind": "sequence", **SEQUENCE, "prefixes": True},
+        "closed": {"kind": "sequence", **SEQUENCE, "tokens": 5},
+        "any_sequence": {"kind": "any_sequence", "tokens": 4, "step": 2, "max_side": 4},
         "kept": {"kind": "kept", "rows": 2, "columns": 2},
         "levels": {"kind": "levels", "sides": [1, 2]},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
@@ -189,11 +228,15 @@ QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
 REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
 LEVELS = {"resampler": "merging", "decoder": "level_vit", "length": "sequence"}
 FLOW = {"resampler": "registers", "decoder": "flow", "length": "sequence"}
+CLOSED = {"encoder": "closing_vit", "decoder": "unfolding", "length": "closed"}
+ROTARY = {"resampler": "rotary_latents", "decoder": "rotary_mask", "length": "any_sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
 SCALES = {"quantizer": "scales", "length": "levels"}
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
 COMPANIONS |= {"flow": FLOW, "merging": LEVELS, "level_vit": LEVELS}
+COMPANIONS |= dict.fromkeys(CLOSED.values(), CLOSED)
+COMPANIONS |= dict.fromkeys(ROTARY.values(), ROTARY)
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
@@ -313,9 +356,8 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
 def test_lookup_is_what_decode_saw(kind):
     kinds = COMPANIONS.get(kind, {"quantizer": kind})
     codec = build(**{name: TINY[name][value] for name, value in kinds.items()})
-    output = codec(pixels())
     seen = codec.quantizer(codec._positions(pixels())).vectors
-    torch.testing.assert_close(codec.quantizer.lookup(output.ids), seen, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(codec.lookup(codec.encode(pixels())), seen, atol=1e-5, rtol=1e-5)
 
 
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.integers(0, 2**31))
@@ -332,6 +374,20 @@ def test_fsq_without_projection_takes_one_channel_per_level():
     assert quantizer.code_vectors()[0].shape == (12, 2)
     with pytest.raises(ValueError, match="set project: true"):
         FSQ(FSQConfig((4, 3), project=False), dim=5)
+
+
+def test_groups_of_fsq_are_quantised_alone():
+    quantizer, alone = (FSQ(FSQConfig((4, 3), project=False, groups=groups), dim=2 * groups) for groups in (3, 1))
+    vectors = torch.randn(2, 5, 6)
+    quantized = quantizer(vectors)
+    assert quantizer.sizes == (12, 12, 12)
+    for slot, part in enumerate(vectors.chunk(3, dim=-1)):
+        assert quantized.ids[..., slot : slot + 1].equal(alone(part).ids)
+    rows = [rows[quantized.ids[..., slot]] for slot, rows in enumerate(quantizer.code_vectors())]
+    torch.testing.assert_close(torch.cat(rows, dim=-1), quantized.vectors)
+    torch.testing.assert_close(quantizer.lookup(quantized.ids), quantized.vectors)
+    with pytest.raises(ValueError, match="under project: false"):
+        FSQ(FSQConfig((4, 3), groups=2), dim=4)
 
 
 def test_every_fsq_id_has_vectors_of_its_own():
@@ -375,6 +431,34 @@ def test_wrong_parts_sides_and_depths_are_refused():
             config()
     with pytest.raises(ValueError, match="exactly 5"):
         build(**{name: TINY[name][kind] for name, kind in SCALES.items()}).encode(pixels(), num_tokens=4)
+
+
+def test_bits_are_drawn_by_their_chance_in_training_and_sum_their_rows():
+    quantizer = BitQuantizer(BitsConfig(bits=6), dim=4)
+    vectors = torch.randn(2, 500, 4)
+    assert quantizer.eval()(vectors).ids.equal((quantizer.to_bits(vectors) > 0).long())
+    drawn = quantizer.train()(vectors)
+    chances = quantizer.to_bits(vectors).sigmoid()
+    assert drawn.ids.float().mean().item() == pytest.approx(chances.mean().item(), abs=0.05)
+    assert not drawn.ids.equal((chances > 0.5).long())
+    assert drawn.loss.item() == pytest.approx(0.1 * (chances * (1 - chances)).mean().item())
+    apart = sum(rows[drawn.ids[..., slot]] for slot, rows in enumerate(quantizer.code_vectors()))
+    torch.testing.assert_close(apart, quantizer.lookup(drawn.ids), atol=1e-5, rtol=0)
+
+
+def test_rotary_transformers_that_cannot_be_are_refused():
+    for options, message in (
+        ({"axes": [2, 3, 3]}, "must be even and add up"),
+        ({"axes": [2, 2, 2]}, "must be even and add up"),
+        ({"turns": [2]}, "name different blocks"),
+        ({"turns": [0, 0]}, "name different blocks"),
+    ):
+        kinds = {socket: TINY[socket][kind] for socket, kind in ROTARY.items()}
+        with pytest.raises(ValueError, match=message):
+            build(**(kinds | {"resampler": kinds["resampler"] | options}))
+    codec = build(**{socket: TINY[socket][kind] for socket, kind in ROTARY.items()})
+    with pytest.raises(ValueError, match="cannot take a 48 x 32"):
+        codec.encode(pixels(1, 48, 32))
 
 
 @given(st.integers(2, 5), st.integers(0, 2**31))

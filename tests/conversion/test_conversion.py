@@ -9,15 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from unimm import VisualCodecImageProcessor, VisualCodecModel, VisualCodes
+from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, VisualCodes
 from unimm.cli.main import main
 from unimm.codec.flow import ProjectedGuidance
 from unimm.codec.image_processing import any_shape_size
 from unimm.codec.selection import padded
 from unimm.conversion import UPSTREAMS, convert, find_upstream
 from unimm.conversion.upstream import UpstreamConfig
+from unimm.sequence.vocabulary import VisualVocabulary
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 OUTPUTS = (
@@ -28,6 +29,7 @@ OUTPUTS = (
     "image_embedding",
     "lowres_cond_argmax",
 )  # what decoding gives, by upstream's name
+CLAMPED = ("mingtok",)  # the reference clamps what it draws, and a codec does so in `pictures` alone
 TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
 FIXTURES = [system for system in UPSTREAMS if (GOLDEN / system).is_dir()]  # whole systems are put together from parts
 CODECS = [
@@ -39,20 +41,48 @@ CODECS = [
 
 
 @pytest.fixture(scope="session")
-def converted(tmp_path_factory):
+def converted(golden, tmp_path_factory):
     """Converts each system once: system -> folder."""
     root, done = tmp_path_factory.mktemp("converted"), {}
 
     def folder(system):
         if system not in done:
-            done[system] = convert(system, GOLDEN / system, root / system, accept_licence=True).target
+            done[system] = convert(system, golden(system), root / system, accept_licence=True).target
         return done[system]
 
     return folder
 
 
 def reference(system):
-    return load_file(GOLDEN / system / "io.safetensors")
+    expected = load_file(GOLDEN / system / "io.safetensors")
+    return STORED_OTHERWISE[system](expected) if system in STORED_OTHERWISE else expected
+
+
+def one_of_several(expected, index):
+    """One of AToken's pictures, which stand in one sequence and differ in size, as other fixtures store a batch."""
+    picture = expected[f"image_{index}"].permute(2, 0, 1)[None]
+    mine = expected["coords"][:, 0] == index
+    rows, columns = (expected["coords"][mine][-1, 2:4] + 1).tolist()
+    side = picture.shape[2] // rows
+    patches = expected["decoded_patches"][mine].view(rows, columns, -1, side, side, 3)[:, :, 0]  # the first frame
+    drawn = patches.permute(4, 0, 2, 1, 3).reshape(1, *picture.shape[1:])
+    return {
+        "pixel_values": picture,
+        "codes": expected["codes"][mine][None],
+        "z_q": expected["z_q"][mine][None],
+        "reconstruction": drawn,
+    }
+
+
+# Where a fixture covers more than pictures, or several of them at once: what it says of one batch.
+STORED_OTHERWISE = {
+    "atoken": lambda expected: one_of_several(expected, 0),
+    "omnitokenizer": lambda expected: {
+        "pixel_values": expected["image"],
+        "codes": expected["codes_image"],
+        "reconstruction": expected["reconstruction_image"],
+    },
+}
 
 
 def pixels(expected):
@@ -65,7 +95,8 @@ SLOTS = {
     "unitok": lambda expected: expected["codes"].transpose(1, 2),
     "evotok": lambda expected: expected["codes"].flatten(1, 2),
     "dualtoken": lambda expected: torch.cat([expected["codes_pix"], expected["codes_sem"]], dim=-1).flatten(1, 2),
-    "fqgan": lambda expected: branches(expected, "sem", "vis"),
+    "atoken": lambda expected: expected["codes"],
+    "instella_bae": lambda expected: expected["bits"],
     "fqgan_triple": lambda expected: branches(expected, "vis", "sem_mid", "sem_high"),
 }
 
@@ -86,6 +117,8 @@ def assert_codes(system, codes, expected):
     elif "token_num_argmax" in expected:
         assert codes.lengths.equal(expected["token_num_argmax"])
         assert codes.ids[codes.mask][:, 0].equal(expected["codes_argmax"])
+    elif "latent" in expected:
+        torch.testing.assert_close(codes.side_info["latents"], expected["latent"], atol=TOLERANCE, rtol=0)
     else:
         assert codes.ids[..., 0].equal(as_ids(expected["codes"]))
 
@@ -106,6 +139,7 @@ def test_codes_and_output_equal_the_reference(system, converted):
         assert not codec.config.reads_pixels
         return
     drawn = codec.decode(codes, condition=expected.get("text_guidance"))
+    drawn = drawn.clamp(-1, 1) if system in CLAMPED else drawn
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
 
 
@@ -263,6 +297,10 @@ def test_wrong_pixels_and_codes_are_refused(system, converted):
         with pytest.raises(ValueError, match=r"pixel_values|cannot take"):
             codec.encode(values)
     codes = codec.encode(good)
+    if not codec.spec_without_fingerprint.sizes:
+        with pytest.raises(ValueError, match="continuous latents and no ids"):
+            codec.decode(VisualCodes(codes.ids, codes.mask, codes.grid))
+        return
     for value in (-1, codec.spec_without_fingerprint.sizes[-1]):
         outside = VisualCodes(codes.ids.clone(), codes.mask, codes.grid)
         outside.ids[0, 0, -1] = value
@@ -331,6 +369,82 @@ def test_ta_tok_pools_its_grid_and_fits_pictures_to_it(converted):
         codec.encode(expected["pixel_values"], num_tokens=7)
 
 
+def test_instella_draws_at_the_size_it_read_and_stretches_positions_on_request(converted):
+    codec, expected = AutoModel.from_pretrained(converted("instella_bae")).eval(), reference("instella_bae")
+    codes = codec.encode(expected["pixel_values"])
+    assert codes.side_info["size"].tolist() == [[32, 48]] * 2
+    generated = VisualCodes(codes.ids, codes.mask, side_info={"size": torch.tensor([[16, 16], [32, 48]])})
+    with pytest.raises(ValueError, match="pictures of one"):
+        codec.decode(generated)
+    side = codec.config.image_size = 64
+    assert codec.decode(VisualCodes(codes.ids, codes.mask)).shape == (2, 3, side, side)
+    config = codec.config.to_dict()
+    for socket in ("resampler", "decoder"):
+        config[socket]["nominal_side"] = 40 // codec.config.downsample
+    stretched = AutoModel.from_pretrained(converted("instella_bae"), config=type(codec.config)(**config)).eval()
+    codes = stretched.encode(expected["pixel_values"])
+    assert codes.ids.equal(expected["bits_scaled"])
+    torch.testing.assert_close(stretched.decode(codes), expected["reconstruction_scaled"], atol=TOLERANCE, rtol=0)
+
+
+def test_atoken_takes_pictures_of_another_shape_and_refuses_continuous_models(converted):
+    codec = AutoModel.from_pretrained(converted("atoken")).eval()
+    expected = one_of_several(load_file(GOLDEN / "atoken" / "io.safetensors"), 1)
+    codes = codec.encode(expected["pixel_values"])
+    assert codes.grid == [(4, 2)]
+    assert codes.ids.equal(expected["codes"])
+    torch.testing.assert_close(codec.decode(codes), expected["reconstruction"], atol=TOLERANCE, rtol=0)
+    fields = json.loads((GOLDEN / "atoken" / "config.json").read_text())
+    for name, value in (("use_quantizer", False), ("decoder_pe_mode", "ape"), ("quantizer_codebook_size", 4095)):
+        with pytest.raises(ValueError, match=r"continuous latents|knows 'joint' only|no equal levels"):
+            find_upstream("atoken").plan(UpstreamConfig({"args": fields["args"] | {name: value}}))
+
+
+def test_omnitokenizer_searches_raw_rows_and_refuses_what_no_picture_needs(converted):
+    codec, expected = AutoModel.from_pretrained(converted("omnitokenizer")).eval(), reference("omnitokenizer")
+    rows = codec.lookup(codec.encode(expected["pixel_values"])).norm(dim=-1)
+    assert rows.amax() - rows.amin() > 0.1
+    args = json.loads((GOLDEN / "omnitokenizer" / "config.json").read_text())["args"]
+    for name, value in (("use_vae", True), ("spatial_pos", "rel"), ("enc_block", "ta")):
+        with pytest.raises(ValueError, match=rf"^{name} is"):
+            find_upstream("omnitokenizer").plan(UpstreamConfig({"args": args | {name: value}}))
+    del args["causal_in_peg"]
+    plans = [find_upstream("omnitokenizer").plan(UpstreamConfig({"args": args | more})) for more in ({}, MISSPELLED)]
+    kernel = torch.arange(27.0).view(1, 1, 3, 3, 3)
+    moments = [
+        next(rule.change(kernel) for rule in plan.renames if rule.target.endswith("beside.weight")) for plan in plans
+    ]
+    assert [moment.flatten().tolist() for moment in moments] == [list(range(18, 27)), list(range(9, 18))]
+
+
+MISSPELLED = {"casual_in_peg": False}  # as released configurations have it
+
+
+@torch.no_grad()
+def test_mingtok_unfolds_latents_one_after_the_other(converted):
+    codec, expected = AutoModel.from_pretrained(converted("mingtok")).eval(), reference("mingtok")
+    codes = codec.encode(expected["pixel_values"])
+    torch.testing.assert_close(codec.features(codes), expected["features"], atol=TOLERANCE, rtol=0)
+    unfolded = codec.decoder.unfolded(codes.side_info["latents"])
+    torch.testing.assert_close(unfolded, expected["features_incremental"], atol=TOLERANCE, rtol=0)
+    begun = codec.decoder.unfolded(codes.side_info["latents"][:, :5])
+    torch.testing.assert_close(begun, unfolded[:, :5], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="continuous latents has none"):
+        VisualVocabulary(8, codec.spec.sizes, 0, 1, 2, 3)
+
+
+def test_mingtok_reads_a_larger_picture(converted):
+    expected, size = reference("mingtok"), {"rows": 5, "columns": 5, "tokens": 26}
+    config = AutoConfig.from_pretrained(converted("mingtok")).to_dict()
+    config = VisualCodecConfig(**config | {"image_size": 40, "length": config["length"] | size})
+    codec = AutoModel.from_pretrained(converted("mingtok"), config=config).eval()
+    codes = codec.encode(expected["pixel_values_larger"])
+    torch.testing.assert_close(codes.side_info["latents"], expected["latent_larger"], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(codec.features(codes), expected["features_larger"], atol=TOLERANCE, rtol=0)
+    drawn = codec.decode(codes).clamp(-1, 1)
+    torch.testing.assert_close(drawn, expected["reconstruction_larger"], atol=TOLERANCE, rtol=0)
+
+
 def test_seed_looks_up_raw_rows_and_its_queries_are_causal(converted):
     codec, expected = AutoModel.from_pretrained(converted("seed_tokenizer")), reference("seed_tokenizer")
     codes = codec.encode(expected["pixel_values"])
@@ -389,6 +503,31 @@ def test_a_restok_that_is_built_otherwise_is_refused(name, value):
     fields["args"]["model"]["vq_model"][name] = value
     with pytest.raises(ValueError, match=f"{name} is not"):
         UPSTREAMS["restok"].plan(UpstreamConfig(fields))
+
+
+@torch.no_grad()
+def test_fqgan_with_two_factors_is_the_one_with_three_without_the_last(tmp_path, golden, converted):
+    source = tmp_path / "source"
+    shutil.copytree(golden("fqgan_triple"), source)
+    fields = json.loads((source / "config.json").read_text()) | {"system": "fqgan"}
+    (source / "config.json").write_text(json.dumps(fields))
+    weights = {
+        key.replace("semantic_head_mid", "semantic_head").replace("sem_mid", "sem"): weight
+        for key, weight in load_file(source / "weights.safetensors").items()
+        if "sem_high" not in key and "semantic_head_high" not in key
+    }
+    drawn = weights["post_quant_conv.weight"]
+    weights["post_quant_conv.weight"] = drawn[:, : 2 * drawn.shape[1] // 3].contiguous()  # visual, then semantic
+    save_file(weights, source / "weights.safetensors")
+    two = AutoModel.from_pretrained(convert("fqgan", source, tmp_path / "out", accept_licence=True).target).eval()
+    three = AutoModel.from_pretrained(converted("fqgan_triple")).eval()
+    expected = reference("fqgan_triple")
+    codes = two.encode(expected["pixel_values"])
+    assert codes.ids.equal(branches(expected, "sem_mid", "vis"))  # semantic first, as upstream encodes two
+    vectors = three.lookup(VisualCodes(branches(expected, "vis", "sem_mid", "sem_high"), codes.mask, codes.grid))
+    vectors[..., 2 * vectors.shape[-1] // 3 :] = 0
+    cells = [codec.resampler.restore(v, codes.grid[0]) for codec, v in ((two, two.lookup(codes)), (three, vectors))]
+    torch.testing.assert_close(*cells)
 
 
 @torch.no_grad()
@@ -480,11 +619,11 @@ def test_lavit_merges_what_its_own_noise_kept(converted):
 
 
 @pytest.mark.parametrize("system", [system for system in FIXTURES if UPSTREAMS[system].restricted])
-def test_a_restricted_licence_must_be_accepted(system, tmp_path):
+def test_a_restricted_licence_must_be_accepted(system, golden, tmp_path):
     with pytest.raises(ValueError, match="--accept-licence"):
-        convert(system, GOLDEN / system, tmp_path / "out")
+        convert(system, golden(system), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    convert(system, GOLDEN / system, tmp_path / "out", accept_licence=True)
+    convert(system, golden(system), tmp_path / "out", accept_licence=True)
 
 
 def test_an_input_statistic_that_the_codec_does_not_hold_is_refused(tmp_path):

@@ -134,6 +134,15 @@ def test_any_vae_of_diffusers_is_judged(tmp_path):
     assert VaeSubject(tmp_path / "vae", SIDE).copy(np.zeros((1, SIDE, SIDE, 3), np.uint8)).bits is None
 
 
+def test_a_codec_of_continuous_latents_is_judged_without_codes(squares):
+    config = load_preset("smallest").to_dict() | {"quantizer": {"kind": "continuous"}}
+    subject = CodecSubject(VisualCodecModel(type(load_preset("smallest")).from_dict(config)), "continuous")
+    assert subject.spec is None
+    copies = subject.copy(squares[:2])
+    assert len(copies.pixels) == 2
+    assert copies.ids is None
+
+
 def test_folders_of_copies_are_judged_by_name(tmp_path, squares, capsys):
     for folder, change in (("real", 0), ("copies", 10)):
         (tmp_path / folder).mkdir()

@@ -30,11 +30,13 @@ def inspect_codec(name: str) -> str:
         shown = ", ".join(f"{key} {value}" for key, value in options.items())
         lines.append(f"{socket:<10} {kind}" + (f" ({shown})" if shown else ""))
     own = codec.length.arrange(config.grid(config.image_size, config.image_size), None).length
-    bits = spec.bits * own / spec.max_length
+    each = f"{' x '.join(map(str, spec.sizes))}, {spec.bits * own / spec.max_length:g} bits"
+    if not spec.sizes:
+        each = f"{spec.dim} continuous channels"
     black, white = config.pixel_range
     lines += [
         f"pixels     {config.image_size} x {config.image_size}, [{black:g}, {white:g}]",
-        f"codes      {own} positions, {' x '.join(map(str, spec.sizes))}, {bits:g} bits; at most {spec.max_length}",
+        f"codes      {own} positions, {each}; at most {spec.max_length}",
         f"weights    {sum(weight.numel() for weight in codec.parameters()):,}",
     ]
     return "\n".join(lines)

@@ -31,6 +31,11 @@ class DecoderOptions:
         return True
 
     @property
+    def draws_any_size(self) -> bool:
+        """Whether the codes leave open how large the picture is, and the decoder is told."""
+        return False
+
+    @property
     def condition_size(self) -> tuple[int, int] | None:
         """(tokens, width) of the condition that decoding needs, if it needs one."""
         return None

@@ -52,13 +52,13 @@ class DualDecoderConfig(DecoderOptions):
 
 
 class TwoSidedDecoder(nn.Module, ABC):
-    """Draws pixels when called, and gives features when asked."""
+    """Draws pixels when called, by its part `pixels`, and gives features when asked."""
 
-    pixels: PyramidDecoder
+    pixels: nn.Module
 
     @abstractmethod
     def features(self, vectors: torch.Tensor) -> torch.Tensor:
-        """`[B, D, rows, columns]` to features `[B, rows * columns, width]`."""
+        """`[B, D, rows, columns]` to features `[B, N, width]`."""
 
 
 class DualDecoder(TwoSidedDecoder):

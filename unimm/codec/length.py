@@ -162,6 +162,47 @@ class SequenceLength(LengthPolicy):
 
 
 @dataclass(frozen=True)
+class AnySequenceLength(LengthPolicy):
+    """A picture of any size becomes a sequence of one length (Instella-T2I, 2506.21022).
+
+    Args:
+        tokens: length of the sequence.
+        step: what rows and columns of the encoder's grid must be multiples of.
+        max_side: the most of them.
+    """
+
+    tokens: int
+    step: int = 1
+    max_side: int = 64
+
+    def grids(self) -> list[tuple[int, int]]:
+        sides = range(self.step, self.max_side + 1, self.step)
+        return [(rows, columns) for rows in sides for columns in sides]
+
+    def takes(self, grid: tuple[int, int]) -> bool:
+        return all(side % self.step == 0 and self.step <= side <= self.max_side for side in grid)
+
+    @property
+    def layout(self) -> str:
+        return "sequence"
+
+    @property
+    def max_length(self) -> int:
+        return self.tokens
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        if num_tokens is not None:
+            self.check_length(num_tokens)
+        return Arrangement(1, self.tokens)
+
+    def check_length(self, length: int) -> None:
+        if length != self.tokens:
+            raise ValueError(
+                f"There are {length} codes per picture; this codec makes and decodes exactly {self.tokens}."
+            )
+
+
+@dataclass(frozen=True)
 class PooledLength(LengthPolicy):
     """A picture of one size at several lengths: its grid averaged by each factor of `pools` (TA-Tok, 2506.18898)."""
 
@@ -261,6 +302,7 @@ LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {
     "fixed": FixedLength,
     "resolution": ResolutionLength,
     "sequence": SequenceLength,
+    "any_sequence": AnySequenceLength,
     "pooled": PooledLength,
     "levels": LevelsLength,
     "kept": KeptLength,

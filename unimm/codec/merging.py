@@ -16,7 +16,8 @@ from torch import nn
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig
 from unimm.codec.resamplers import Resampler
-from unimm.nn.rotary import RotaryBlock, rotary_angles
+from unimm.nn.rotary import rotary_angles
+from unimm.nn.scaled import ScaledBlock
 
 SPREAD = 0.02  # of freshly drawn tokens and embeddings
 
@@ -163,7 +164,7 @@ class MergingResampler(Resampler):
         self.cell_levels = nn.Parameter(torch.randn(len(config.merge_in) + 1, config.width) * SPREAD)  # finest first
         self.latent_levels = nn.Parameter(torch.randn(len(self.sizes), config.width) * SPREAD)
         self.norm_in = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(RotaryBlock(config.width, config.num_heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(ScaledBlock(config.width, config.num_heads) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width)
         self.to_positions = LevelLinear(config.width, config.dim, self.sizes)
 
@@ -188,7 +189,7 @@ class MergingResampler(Resampler):
         grids = [(grid.shape[2], grid.shape[3])]  # of the levels of cells, the most merged first
         angles, mask = self._order(grids, hidden.device)
         for index, block in enumerate(self.blocks):
-            assert isinstance(block, RotaryBlock)
+            assert isinstance(block, ScaledBlock)
             hidden = block.attend(hidden, angles, mask)
             if index not in self.config.merge_in:
                 hidden = block.feed(hidden)
@@ -267,7 +268,7 @@ class LevelViTDecoder(nn.Module):
         self.code_levels = nn.Parameter(torch.randn(len(self.sizes), config.width) * SPREAD)
         self.mask_token = nn.Parameter(torch.randn(config.width) * SPREAD)
         self.norm_in = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(RotaryBlock(config.width, config.num_heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(ScaledBlock(config.width, config.num_heads) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(config.width)
         self.to_grid = nn.Linear(config.width, config.pixels.code_channels)
         self.pixels = PyramidDecoder(config.pixels)

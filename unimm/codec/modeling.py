@@ -89,7 +89,7 @@ class VisualCodecModel(PreTrainedModel):
     def encode(
         self, pixel_values: torch.Tensor, *, num_tokens: int | None = None, generator: torch.Generator | None = None
     ) -> VisualCodes:
-        """Codes of a batch of pictures.
+        """Codes of a batch of pictures; of a codec without a codebook, latents as `side_info["latents"]`, `[B, N, D]`.
 
         Args:
             pixel_values: float `[B, 3, H, W]` in `config.pixel_range`, or latents `[B, C, H, W]` where the codec reads
@@ -107,10 +107,16 @@ class VisualCodecModel(PreTrainedModel):
             if isinstance(self.resampler, SelectResampler):
                 quantized, mask = self._quantize_kept(self.resampler, pixel_values, generator)
                 return VisualCodes(quantized.ids, mask)
-            ids = self.quantizer(self._positions(pixel_values, arrangement.pool)).ids[:, : arrangement.length]
+            quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
+        ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
-            return VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
-        return VisualCodes(ids, torch.ones_like(ids[..., 0], dtype=torch.bool))
+            codes = VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
+        else:
+            codes = VisualCodes(ids, torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device))
+        codes.side_info |= self._sizes(pixel_values)
+        if not self.quantizer.sizes:
+            codes.side_info["latents"] = quantized.vectors[:, : arrangement.length]
+        return codes
 
     def kept_cells(
         self, pixel_values: torch.Tensor, *, generator: torch.Generator | None = None
@@ -129,8 +135,14 @@ class VisualCodecModel(PreTrainedModel):
             return features.flatten(2).transpose(1, 2), self.resampler.select(features, generator)
 
     def lookup(self, codes: VisualCodes) -> torch.Tensor:
-        """The vectors that the codes stand for, float32 `[B, N, D]`."""
+        """The vectors that the codes stand for, float32 `[B, N, D]`.
+
+        Raises:
+            ValueError: ids out of range, or a codec without ids and codes without latents.
+        """
         codes.validate(self.spec_without_fingerprint)
+        if not self.quantizer.sizes:
+            return self._latents(codes)
         return self.quantizer.lookup(codes.ids.masked_fill(~codes.mask[..., None], 0))
 
     def code_vectors(self) -> tuple[torch.Tensor, ...]:
@@ -148,6 +160,8 @@ class VisualCodecModel(PreTrainedModel):
         or the latents of another autoencoder `[B, C, H, W]`.
 
         Args:
+            codes: of `encode`, or ids of the same shape. Where they leave the size of the picture open it is
+                `side_info["size"]`, int64 `[B, 2]` of height and width, and without that `config.image_size` squared.
             condition: float `[B, L, D]` text features, for decoders that draw under a text.
             generator: of the noise that a flow draws from; without one the same codes always give the same picture.
 
@@ -161,7 +175,7 @@ class VisualCodecModel(PreTrainedModel):
                 return self.decoder(self.resampler.restore(self.lookup(codes), grid), codes.mask)
             if isinstance(self.decoder, FlowDecoder):
                 return self.decoder(self.resampler.restore(self.lookup(codes), grid), generator)
-            return self._draw(self.lookup(codes), grid, condition)
+            return self._draw(self.lookup(codes), grid, condition, self._drawn_size(codes))
 
     def features(self, codes: VisualCodes) -> torch.Tensor:
         """What the codes mean rather than show: features `[B, M, D]` that the codec rebuilds of a vision tower.
@@ -225,7 +239,8 @@ class VisualCodecModel(PreTrainedModel):
         if isinstance(self.decoder, FlowDecoder):
             denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
             return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss)
-        output = CodecOutput(self._draw(vectors, grid, condition), ids, quantized.loss)
+        drawn = self._draw(vectors, grid, condition, (pixel_values.shape[2], pixel_values.shape[3]))
+        output = CodecOutput(drawn, ids, quantized.loss)
         if isinstance(self.decoder, TwoSidedDecoder):
             output.features = self.decoder.features(self.resampler.restore(vectors, grid))
         return output
@@ -262,8 +277,40 @@ class VisualCodecModel(PreTrainedModel):
         ids, mask = padded(quantized.ids[0], keep.bool())
         return Quantized(ids, padded(quantized.vectors[0], keep.bool())[0], quantized.loss), mask
 
-    def _draw(self, vectors: torch.Tensor, grid: tuple[int, int], condition: torch.Tensor | None) -> torch.Tensor:
+    def _latents(self, codes: VisualCodes) -> torch.Tensor:
+        wanted = (*codes.ids.shape[:2], self.dim)
+        latents = codes.side_info.get("latents")
+        if latents is None or latents.shape != wanted:
+            seen = "missing" if latents is None else str(tuple(latents.shape))
+            raise ValueError(
+                f"This codec has continuous latents and no ids, and side_info['latents'] is {seen}; "
+                f"give floats {wanted}, as encode does."
+            )
+        return latents.float()
+
+    def _sizes(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Height and width of each picture, where its codes need them to be drawn."""
+        if not self.decoder_options.draws_any_size:
+            return {}
+        return {"size": torch.tensor([pixel_values.shape[2:]] * len(pixel_values), device=pixel_values.device)}
+
+    def _drawn_size(self, codes: VisualCodes) -> tuple[int, int]:
+        """(height, width) to draw at."""
+        sizes = codes.side_info.get("size")
+        if sizes is None:
+            return self.config.image_size, self.config.image_size
+        if not bool((sizes == sizes[:1]).all()):
+            raise ValueError(f"Codes are of pictures of {sizes.tolist()}; decode pictures of one (height, width).")
+        height, width = sizes[0].tolist()
+        self.config.grid(height, width)
+        return height, width
+
+    def _draw(
+        self, vectors: torch.Tensor, grid: tuple[int, int], condition: torch.Tensor | None, size: tuple[int, int]
+    ) -> torch.Tensor:
         restored = self.resampler.restore(vectors, grid)
+        if self.decoder_options.draws_any_size:
+            return self.decoder(restored, size)
         return self.decoder(restored) if condition is None else self.decoder(restored, condition.to(restored.dtype))
 
     def _check_codes(self, codes: VisualCodes) -> tuple[int, int]:

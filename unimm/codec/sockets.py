@@ -35,6 +35,8 @@ from unimm.codec.feature_decoder import (
     NoDecoderConfig,
 )
 from unimm.codec.flow import FlowDecoder, FlowDecoderConfig
+from unimm.codec.frame import FrameDecoder, FrameDecoderConfig, FrameEncoder, FrameEncoderConfig
+from unimm.codec.joint import JointDecoder, JointDecoderConfig, JointEncoder, JointEncoderConfig
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.merging import LevelViTConfig, LevelViTDecoder, MergingResampler, MergingResamplerConfig
 from unimm.codec.pair import PairEncoder, PairEncoderConfig
@@ -48,8 +50,15 @@ from unimm.codec.resamplers import (
     GridResamplerConfig,
     Resampler,
 )
+from unimm.codec.rotary_latents import (
+    RotaryLatentsConfig,
+    RotaryLatentsResampler,
+    RotaryMaskConfig,
+    RotaryMaskDecoder,
+)
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
 from unimm.codec.taps import TapEncoder, TapEncoderConfig
+from unimm.codec.unfolding import ClosingViT, ClosingViTConfig, UnfoldingDecoder, UnfoldingDecoderConfig
 from unimm.codec.vitamin import VitaminDecoder, VitaminDecoderConfig, VitaminEncoder, VitaminEncoderConfig
 
 ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -57,12 +66,15 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "local": (LocalEncoderConfig, LocalEncoder),
     "form_and_palette": (FormAndPaletteConfig, FormAndPaletteEncoder),
     "vit": (ViTEncoderConfig, ViTEncoder),
+    "joint": (JointEncoderConfig, JointEncoder),
+    "frame": (FrameEncoderConfig, FrameEncoder),
     "patches": (PatchEncoderConfig, PatchEncoder),
     "pyramid": (PyramidEncoderConfig, PyramidEncoder),
     "vitamin": (VitaminEncoderConfig, VitaminEncoder),
     "branches": (BranchEncoderConfig, BranchEncoder),
     "pair": (PairEncoderConfig, PairEncoder),
     "taps": (TapEncoderConfig, TapEncoder),
+    "closing_vit": (ClosingViTConfig, ClosingViT),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
@@ -71,19 +83,24 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "qformer": (QFormerResamplerConfig, QFormerResampler),
     "registers": (RegisterResamplerConfig, RegisterResampler),
     "merging": (MergingResamplerConfig, MergingResampler),
+    "rotary_latents": (RotaryLatentsConfig, RotaryLatentsResampler),
     "select": (SelectResamplerConfig, SelectResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
     "vit": (ViTDecoderConfig, ViTDecoder),
+    "joint": (JointDecoderConfig, JointDecoder),
+    "frame": (FrameDecoderConfig, FrameDecoder),
     "pyramid": (PyramidDecoderConfig, PyramidDecoder),
     "vitamin": (VitaminDecoderConfig, VitaminDecoder),
     "mask_vit": (MaskViTDecoderConfig, MaskViTDecoder),
     "level_vit": (LevelViTConfig, LevelViTDecoder),
+    "rotary_mask": (RotaryMaskConfig, RotaryMaskDecoder),
     "features": (FeatureDecoderConfig, FeatureDecoder),
     "feature_vit": (FeatureViTConfig, FeatureViT),
     "embedding": (EmbeddingDecoderConfig, EmbeddingDecoder),
     "dual": (DualDecoderConfig, DualDecoder),
+    "unfolding": (UnfoldingDecoderConfig, UnfoldingDecoder),
     "attention_dual": (AttentionDualConfig, AttentionDualDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "flow": (FlowDecoderConfig, FlowDecoder),

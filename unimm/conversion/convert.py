@@ -282,7 +282,8 @@ def _summary(model: PreTrainedModel) -> str:
         return f"{config.image_token_offset} text rows, {config.codebook_sizes} codes, {vision}"
     assert isinstance(model, VisualCodecModel)
     spec = model.spec_without_fingerprint
-    return f"{spec.layout} of at most {spec.max_length} positions, {' x '.join(map(str, spec.sizes))} codes each"
+    codes = f"{' x '.join(map(str, spec.sizes))} codes" if spec.sizes else f"{spec.dim} continuous channels"
+    return f"{spec.layout} of at most {spec.max_length} positions, {codes} each"
 
 
 def _plan(upstream: Upstream, config: UpstreamConfig) -> Plan:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 
 from unimm.conversion.maps import (
+    atoken,
     dualtoken,
     evotok,
     flextok,
     fqgan,
+    instella,
     lavit,
     lavit_system,
     llamagen,
+    mingtok,
+    omnitokenizer,
     restok,
     seed,
     seed_llama,
@@ -47,6 +51,10 @@ UPSTREAMS: dict[str, Upstream] = {
         lavit.TOKENIZER,
         fqgan.DUAL,
         fqgan.TRIPLE,
+        instella.TOKENIZER,
+        atoken.TOKENIZER,
+        omnitokenizer.TOKENIZER,
+        mingtok.TOKENIZER,
         evotok.TOKENIZER,
         dualtoken.TOKENIZER,
         tokenflow.TOKENIZER,

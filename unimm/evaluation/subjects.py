@@ -70,7 +70,8 @@ class CodecSubject:
             raise ValueError(f"{name} draws under a text, which these pictures do not have.")
         self.codec, self.name = codec.eval(), name
         self.side = codec.config.image_size
-        self.spec: CodeSpec | None = codec.spec_without_fingerprint
+        spec = codec.spec_without_fingerprint
+        self.spec: CodeSpec | None = spec if spec.sizes else None
         self.processor = VisualCodecImageProcessor.for_codec(codec.config)
 
     @property
@@ -88,15 +89,17 @@ class CodecSubject:
 
     @torch.no_grad()
     def copy(self, pictures: np.ndarray, length: int | None = None) -> Copies:
-        drawn, ids, spec = [], [], self.codec.spec_without_fingerprint
+        drawn, ids = [], []
         for start in range(0, len(pictures), BATCH):
             batch = [Image.fromarray(picture) for picture in pictures[start : start + BATCH]]
             values = self.processor(batch, return_tensors="pt")["pixel_values"]
             codes = self.codec.encode(values.to(self.codec.device), num_tokens=length)
             drawn.append(self.codec.pictures(codes).cpu())
             ids.append(codes.ids[codes.mask].cpu())
+        if self.spec is None:
+            return Copies(torch.cat(drawn))
         row = torch.cat(ids)
-        return Copies(torch.cat(drawn), len(row) * spec.bits / spec.max_length, row)
+        return Copies(torch.cat(drawn), len(row) * self.spec.bits / self.spec.max_length, row)
 
 
 class VaeSubject:

@@ -79,8 +79,24 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(hidden), approximate=self.approximate))
 
 
+class PackedGatedMLP(nn.Module):
+    """One half of a linear map gates the other before a second map (SwiGLU, 2002.05202), both with biases."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * hidden_width)
+        self.down = nn.Linear(hidden_width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, value = self.up(hidden).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
 class TransformerBlock(nn.Module):
-    """LayerNorm, attention, residual; LayerNorm, MLP, residual. The MLP is `mlp_width` wide, by default 4 `width`."""
+    """LayerNorm, attention, residual; LayerNorm, MLP, residual. The MLP is `mlp_width` wide, by default 4 `width`.
+
+    With `gated` it is one of `PackedGatedMLP`.
+    """
 
     def __init__(
         self,
@@ -90,13 +106,17 @@ class TransformerBlock(nn.Module):
         mlp_width: int | None = None,
         eps: float = 1e-5,
         tanh_gelu: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, num_heads)
         self.mlp_norm = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, mlp_width, tanh_gelu=tanh_gelu)
+        self.mlp = (
+            PackedGatedMLP(width, mlp_width or 4 * width) if gated else MLP(width, mlp_width, tanh_gelu=tanh_gelu)
+        )
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden))
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`[B, N, D]` to the same; `mask` as in `SelfAttention`."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), mask)
         return hidden + self.mlp(self.mlp_norm(hidden))

@@ -1,18 +1,33 @@
-"""Transformer blocks with rotary positions on several axes, normalised queries and keys, and scaled updates.
-
-Neighbouring channels of a head are turned by an angle that grows with the position (RoFormer, 2104.09864), an equal
-share of the channels for each axis.
-"""
+"""Transformer blocks that rotate queries and keys by where a row lies on several axes (RoFormer, 2104.09864)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unimm.nn.blocks import MLP, check_heads
+from unimm.nn.blocks import check_heads
+from unimm.nn.gated import GatedMLP
 
-EPS = 1e-5
+EPS = 1e-6
+BASE = 10000.0
+
+
+def check_axes(axes: Sequence[int], head_width: int) -> None:
+    """Raise `ValueError` where the parts of a head, one per axis, are odd or do not make up the head."""
+    if sum(axes) != head_width or any(part < 2 or part % 2 for part in axes):
+        raise ValueError(f"axes are {tuple(axes)}; they must be even and add up to the width of a head, {head_width}.")
+
+
+def axis_angles(coordinates: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """Angles `[N, sum(axes)]` of rows at `coordinates` `[N, A]`; each one stands twice in a row."""
+    frequencies = (
+        BASE ** -(torch.arange(0, part, 2, device=coordinates.device, dtype=torch.float32) / part) for part in axes
+    )
+    angles = [axis[:, None] * part for axis, part in zip(coordinates.unbind(dim=1), frequencies, strict=True)]
+    return torch.cat(angles, dim=1).repeat_interleave(2, dim=1)
 
 
 def rotary_angles(positions: torch.Tensor, head_width: int, period: float) -> torch.Tensor:
@@ -29,16 +44,24 @@ def rotary_angles(positions: torch.Tensor, head_width: int, period: float) -> to
     return (positions.double()[..., None] * period**-steps).flatten(1).float()
 
 
-def rotated(hidden: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """`[..., N, D]` with every pair of neighbouring channels turned by the angles `[N, D / 2]`."""
-    first, second = hidden.unflatten(-1, (-1, 2)).unbind(dim=-1)
-    cosines, sines = angles.cos(), angles.sin()
-    turned = torch.stack([first * cosines - second * sines, first * sines + second * cosines], dim=-1)
-    return turned.flatten(-2).to(hidden.dtype)
+def rotate_halves(vectors: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Pair channel i of `[..., N, D]` with channel i + D / 2 and turn each of the two by its own angle, `[N, D]`.
+
+    Where the two angles differ, as those of `axis_angles` do, this is no rotation of the pair.
+    """
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
+
+
+def rotate_pairs(vectors: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turn channels 2 i and 2 i + 1 of `[..., N, D]` together by angle i of `[N, D / 2]`."""
+    first, second = vectors.unflatten(-1, (-1, 2)).unbind(dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head self-attention whose normalised queries and keys are turned by their positions.
+    """Multi-head self-attention without biases; queries and keys are normalised, then turned.
 
     Raises:
         ValueError: `width` is not a multiple of `num_heads`.
@@ -48,38 +71,29 @@ class RotaryAttention(nn.Module):
         super().__init__()
         check_heads(width, num_heads)
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.query_norm = nn.LayerNorm(width // num_heads, eps=EPS)
-        self.key_norm = nn.LayerNorm(width // num_heads, eps=EPS)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.query_norm = nn.RMSNorm(width // num_heads, eps=EPS)
+        self.key_norm = nn.RMSNorm(width // num_heads, eps=EPS)
+        self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, hidden: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`[B, N, D]` to the same, under angles `[N, D / heads / 2]`; `mask` is bool and fits `[B, heads, N, N]`."""
-        query, key, value = self.qkv(hidden).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key = rotated(self.query_norm(query), angles), rotated(self.key_norm(key), angles)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(attended.transpose(1, 2).flatten(2))
+    def forward(self, hidden: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """`[B, N, D]` to the same, under angles `[N, D / heads]`."""
+        qkv = self.qkv(hidden).unflatten(2, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
+        query, key = rotate_halves(self.query_norm(query), angles), rotate_halves(self.key_norm(key), angles)
+        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class RotaryBlock(nn.Module):
-    """Norm, attention, MLP, each update scaled by channel; the halves can be called one by one."""
+    """RMSNorm, attention, residual; RMSNorm, gated MLP, residual."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, mlp_width: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, eps=EPS)
+        self.attention_norm = nn.RMSNorm(width, eps=EPS)
         self.attention = RotaryAttention(width, num_heads)
-        self.attention_scale = nn.Parameter(torch.ones(width))
-        self.mlp_norm = nn.LayerNorm(width, eps=EPS)
-        self.mlp = MLP(width)
-        self.mlp_scale = nn.Parameter(torch.ones(width))
+        self.mlp_norm = nn.RMSNorm(width, eps=EPS)
+        self.mlp = GatedMLP(width, mlp_width)
 
-    def attend(self, hidden: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The first half; arguments as of `RotaryAttention`."""
-        return hidden + self.attention_scale * self.attention(self.attention_norm(hidden), angles, mask)
-
-    def feed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The second half."""
-        return hidden + self.mlp_scale * self.mlp(self.mlp_norm(hidden))
-
-    def forward(self, hidden: torch.Tensor, angles: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.feed(self.attend(hidden, angles, mask))
+    def forward(self, hidden: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), angles)
+        return hidden + self.mlp(self.mlp_norm(hidden))

@@ -42,7 +42,10 @@ class VisualVocabulary:
 
     def __post_init__(self) -> None:
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
-            raise ValueError(f"codebook_sizes are {self.codebook_sizes}; name one positive size per slot.")
+            raise ValueError(
+                f"codebook_sizes are {self.codebook_sizes}; name one positive size per slot. A codec of continuous "
+                "latents has none, and no language model of codes reads it."
+            )
         if self.num_special_rows < 0:
             raise ValueError(f"num_special_rows is {self.num_special_rows}; it must be 0 or more.")
         structural = (self.boi_token_id, self.eoi_token_id, self.image_token_id)

@@ -124,7 +124,10 @@ class CodecTask:
             figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
             used.append(codes.ids.flatten(0, 1))
         self.codec.train()
-        return {**figures, "codes_used_in_validation": self.codec.spec_without_fingerprint.share_used(torch.cat(used))}
+        spec = self.codec.spec_without_fingerprint
+        if spec.sizes:
+            figures["codes_used_in_validation"] = spec.share_used(torch.cat(used))
+        return figures
 
     def draw_sheet(self, path: Path) -> None:
         """Originals above their reconstructions, for every world."""

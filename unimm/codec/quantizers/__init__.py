@@ -1,6 +1,8 @@
 """Quantizers behind one protocol: `quantize` (vectors to ids and vectors) and `lookup` (ids to vectors)."""
 
 from unimm.codec.quantizers.base import Quantized, Quantizer
+from unimm.codec.quantizers.bits import BitQuantizer, BitsConfig
+from unimm.codec.quantizers.continuous import Continuous, ContinuousConfig
 from unimm.codec.quantizers.estimators import ESTIMATORS
 from unimm.codec.quantizers.product import ProductVQ, ProductVQConfig
 from unimm.codec.quantizers.residual import ResidualVQ, ResidualVQConfig, TwinRVQ, TwinRVQConfig
@@ -17,6 +19,8 @@ QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
     "twin": (TwinRVQConfig, TwinRVQ),
     "scales": (ScaleVQConfig, ScaleVQ),
     "sign": (SignConfig, SignQuantizer),
+    "bits": (BitsConfig, BitQuantizer),
+    "continuous": (ContinuousConfig, Continuous),
 }
 
 __all__ = [
@@ -24,6 +28,10 @@ __all__ = [
     "FSQ",
     "QUANTIZERS",
     "VQ",
+    "BitQuantizer",
+    "BitsConfig",
+    "Continuous",
+    "ContinuousConfig",
     "FSQConfig",
     "ProductVQ",
     "ProductVQConfig",
