@@ -44,8 +44,8 @@ def test_every_task_is_measured(tiny, tmp_path):
 
 
 def test_random_models_have_their_size():
-    with torch.device("meta"):
-        bodies = {name: random_model(name, codes=256, dtype=torch.bfloat16).model.language_model for name in SIZES}
+    models = {name: random_model(name, codes=256, dtype=torch.bfloat16, device="meta") for name in SIZES}
+    bodies = {name: model.model.language_model for name, model in models.items()}
     counts = {name: sum(weight.numel() for weight in body.parameters()) for name, body in bodies.items()}
     assert counts["20m"] == pytest.approx(22e6, rel=0.05)
     assert counts["150m"] == pytest.approx(145e6, rel=0.05)
