@@ -10,11 +10,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from test_language_data import HELLO, folder_of, picture_row
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from unimm import UniMMForConditionalGeneration, VisualCodecModel
+from unimm import UniMMForConditionalGeneration, VisualCodecConfig, VisualCodecModel
 from unimm.cli.main import main
 from unimm.config import read_yaml
 from unimm.sequence import train_text_tokenizer
-from unimm.training.plan import plan
+from unimm.training.plan import WORDS, plan
 from unimm.training.recipe import read_recipe, train
 
 MODELS = ["qwen3-0.6b", "qwen2.5-7b"]
@@ -170,6 +170,14 @@ def test_a_plan_of_real_sizes_reads_earlier_stages_off_their_recipes(recipes):
         plan(recipes / "qwen3-0.6b" / "grpo.yaml", gpu="abacus")
     with pytest.raises(ValueError, match="run the stage before this one"):
         plan(recipes / "qwen3-0.6b" / "grpo.yaml", ["init_from=nowhere"])
+
+
+def test_a_plan_counts_codes_that_lie_on_no_grid(recipes, tmp_path):
+    """32 codes of a picture whose encoder has 64 cells."""
+    VisualCodecConfig(**read_yaml(recipes / "codecs" / "titok.yaml")["model"]).save_pretrained(tmp_path)
+    recipe = recipes / "tiny" / "pretrain.yaml"
+    found = plan(recipe, [f"codec={tmp_path}", "optimizer.steps=1", "batch_size=1"])
+    assert found.work.units == 1 + 32 + 1 + WORDS
 
 
 def test_every_recipe_of_the_shipped_model_has_a_plan(recipes, capsys):

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from unimm.codec import VisualCodecConfig, VisualCodecModel
 from unimm.config import read_yaml
-from unimm.sequence import VisualVocabulary
+from unimm.sequence import SpanShape, VisualVocabulary, shape_fields
 from unimm.training.adapter import AdapterConfig, begin_adapter
 from unimm.training.begin import BackboneConfig
 from unimm.training.codec import CodecRecipe
@@ -347,16 +347,17 @@ def _model_config(recipe: LanguageRecipe, folder: Path) -> UniMMConfig:
     fields["num_hidden_layers"] += before + after
     if types := fields.get("layer_types"):
         fields["layer_types"] = types[:1] * before + types + types[-1:] * after
-    grids = codec.length_policy.grids()
+    policy = codec.length_policy
+    if policy.layout == "grid":
+        shapes = [SpanShape(grid, (), grid[0] * grid[1], grid[0] * grid[1]) for grid in policy.grids()]
+    else:
+        shapes = [SpanShape(None, (), policy.min_length, policy.max_length)]
     return UniMMConfig(
         text_config=fields,
         codec_config=codec.to_dict(),
         image_token_offset=text.vocab_size,
         codebook_sizes=list(sizes),
-        span_shapes=[
-            {"grid": list(grid), "prefix": [], "min_positions": grid[0] * grid[1], "max_positions": grid[0] * grid[1]}
-            for grid in grids
-        ],
+        span_shapes=[shape_fields(shape) for shape in shapes],
         vision_layers_before=before,
         vision_layers_after=after,
         vision_norm=bool(before + after),
