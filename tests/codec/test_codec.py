@@ -156,6 +156,17 @@ TINY = {
             "num_heads": 2,
             "pixels": PYRAMID,
         },
+        "query_vit": {
+            "kind": "query_vit",
+            "dim": 16,
+            **SEQUENCE,
+            "width": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "aligned_layer": 1,
+            "feature_width": 12,
+            "pixels": PYRAMID,
+        },
         "flow": {
             "kind": "flow",
             "dim": 16,
@@ -199,6 +210,7 @@ TINY = {
             "num_heads": 2,
             "merge_in": [0],
         },
+        "queries": {"kind": "queries", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
         "rotary_latents": {"kind": "rotary_latents", **TRUNK, "dim": 16, "nominal_side": 3},
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
@@ -227,6 +239,7 @@ LATENT = {"resampler": "latent", "decoder": "mask_vit", "length": "sequence"}
 QUERIES = {"resampler": "qformer", "decoder": "embedding", "length": "sequence"}
 REGISTERS = {"resampler": "registers", "decoder": "mask_vit", "length": "sequence"}
 LEVELS = {"resampler": "merging", "decoder": "level_vit", "length": "sequence"}
+READERS = {"resampler": "queries", "decoder": "query_vit", "length": "sequence"}
 FLOW = {"resampler": "registers", "decoder": "flow", "length": "sequence"}
 CLOSED = {"encoder": "closing_vit", "decoder": "unfolding", "length": "closed"}
 ROTARY = {"resampler": "rotary_latents", "decoder": "rotary_mask", "length": "any_sequence"}
@@ -235,6 +248,7 @@ SCALES = {"quantizer": "scales", "length": "levels"}
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
 COMPANIONS |= {"flow": FLOW, "merging": LEVELS, "level_vit": LEVELS}
+COMPANIONS |= {"queries": READERS, "query_vit": READERS}
 COMPANIONS |= dict.fromkeys(CLOSED.values(), CLOSED)
 COMPANIONS |= dict.fromkeys(ROTARY.values(), ROTARY)
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)

@@ -3,10 +3,10 @@
 import json
 import shutil
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import stored
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -20,7 +20,6 @@ from unimm.conversion import UPSTREAMS, convert, find_upstream
 from unimm.conversion.upstream import UpstreamConfig
 from unimm.sequence.vocabulary import VisualVocabulary
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 OUTPUTS = (
     "decoder_raw",
     "reconstruction",
@@ -31,11 +30,11 @@ OUTPUTS = (
 )  # what decoding gives, by upstream's name
 CLAMPED = ("mingtok",)  # the reference clamps what it draws, and a codec does so in `pictures` alone
 TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
-FIXTURES = [system for system in UPSTREAMS if (GOLDEN / system).is_dir()]  # whole systems are put together from parts
+FIXTURES = [system for system in UPSTREAMS if stored(system).is_dir()]  # whole systems are put together from parts
 CODECS = [
     system
     for system in FIXTURES
-    if UPSTREAMS[system].plan(UpstreamConfig(json.loads((GOLDEN / system / "config.json").read_text()))).model_class
+    if UPSTREAMS[system].plan(UpstreamConfig(json.loads((stored(system) / "config.json").read_text()))).model_class
     is VisualCodecModel
 ]
 
@@ -54,7 +53,7 @@ def converted(golden, tmp_path_factory):
 
 
 def reference(system):
-    expected = load_file(GOLDEN / system / "io.safetensors")
+    expected = load_file(stored(system) / "io.safetensors")
     return STORED_OTHERWISE[system](expected) if system in STORED_OTHERWISE else expected
 
 
@@ -93,10 +92,12 @@ def pixels(expected):
 # Where upstream's codes have more than one slot: to `[B, N, K]`.
 SLOTS = {
     "unitok": lambda expected: expected["codes"].transpose(1, 2),
+    "meditok": lambda expected: expected["codes"].transpose(1, 2),
     "evotok": lambda expected: expected["codes"].flatten(1, 2),
     "dualtoken": lambda expected: torch.cat([expected["codes_pix"], expected["codes_sem"]], dim=-1).flatten(1, 2),
     "atoken": lambda expected: expected["codes"],
     "instella_bae": lambda expected: expected["bits"],
+    "fqgan": lambda expected: branches(expected, "sem", "vis"),
     "fqgan_triple": lambda expected: branches(expected, "vis", "sem_mid", "sem_high"),
 }
 
@@ -143,15 +144,21 @@ def test_codes_and_output_equal_the_reference(system, converted):
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("system", ["evotok", "tokenflow", "dualtoken"])
+def these(*systems):
+    """Those of them whose fixtures are at hand."""
+    return [system for system in systems if system in FIXTURES]
+
+
+@pytest.mark.parametrize("system", these("evotok", "tokenflow", "dualtoken"))
 def test_features_beside_pixels_equal_the_reference(system, converted):
     codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
     features = codec.features(codec.encode(expected["pixel_values"]))
     torch.testing.assert_close(features, expected["semantic_features"], atol=TOLERANCE, rtol=0)
 
 
-def test_the_first_codes_of_evotok_draw_and_all_of_them_mean(converted):
-    codec, expected = AutoModel.from_pretrained(converted("evotok")).eval(), reference("evotok")
+@pytest.mark.parametrize("system", these("evotok"))
+def test_the_first_codes_of_evotok_draw_and_all_of_them_mean(system, converted):
+    codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
     codes = codec.encode(expected["pixel_values"])
     rows = torch.cat([expected["z_q_pixel"], expected["z_q_semantic"]], dim=1).flatten(2).transpose(1, 2)
     torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
@@ -182,7 +189,7 @@ def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
     pixels = torch.cat([processor(picture, return_tensors="pt")["pixel_values"] for picture in (white * 0, white)])
     for picture, value in zip(pixels, codec.config.pixel_bounds, strict=True):  # black, then white, of each channel
         torch.testing.assert_close(picture, torch.tensor(value)[:, None, None].expand_as(picture))
-    upstream = json.loads((GOLDEN / system / "config.json").read_text())
+    upstream = json.loads((stored(system) / "config.json").read_text())
     if codec.config.pixel_mean is None:
         assert list(codec.config.pixel_range) == upstream["pixel_range"]
     codec.config.grid(*pixels.shape[2:])
@@ -192,7 +199,7 @@ def test_the_image_processor_has_the_codecs_range_and_size(system, converted):
 def source(tmp_path):
     """A copy of one fixture to spoil."""
     folder = tmp_path / "source"
-    shutil.copytree(GOLDEN / "llamagen_vq", folder)
+    shutil.copytree(stored("llamagen_vq"), folder)
     return folder
 
 
@@ -224,7 +231,7 @@ def test_a_shape_that_the_configuration_does_not_give_is_named(source, tmp_path)
 def test_the_weights_of_another_system_are_refused(source, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is of 'llamagen_vq', not of 'ibq'"):
         convert("ibq", source, tmp_path / "out")
-    shutil.copy(GOLDEN / "ibq" / "weights.safetensors", source)
+    shutil.copy(stored("ibq") / "weights.safetensors", source)
     with pytest.raises(ValueError, match="No rule takes"):
         convert("llamagen_vq", source, tmp_path / "out")
 
@@ -246,7 +253,7 @@ def test_damaged_or_absent_files_are_refused(source, tmp_path):
 
 def test_an_incomplete_configuration_names_what_it_lacks(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(GOLDEN / "ibq", source)
+    shutil.copytree(stored("ibq"), source)
     fields = json.loads((source / "config.json").read_text())
     del fields["args"]["ddconfig"]["ch_mult"]
     (source / "config.json").write_text(json.dumps(fields))
@@ -389,12 +396,12 @@ def test_instella_draws_at_the_size_it_read_and_stretches_positions_on_request(c
 
 def test_atoken_takes_pictures_of_another_shape_and_refuses_continuous_models(converted):
     codec = AutoModel.from_pretrained(converted("atoken")).eval()
-    expected = one_of_several(load_file(GOLDEN / "atoken" / "io.safetensors"), 1)
+    expected = one_of_several(load_file(stored("atoken") / "io.safetensors"), 1)
     codes = codec.encode(expected["pixel_values"])
     assert codes.grid == [(4, 2)]
     assert codes.ids.equal(expected["codes"])
     torch.testing.assert_close(codec.decode(codes), expected["reconstruction"], atol=TOLERANCE, rtol=0)
-    fields = json.loads((GOLDEN / "atoken" / "config.json").read_text())
+    fields = json.loads((stored("atoken") / "config.json").read_text())
     for name, value in (("use_quantizer", False), ("decoder_pe_mode", "ape"), ("quantizer_codebook_size", 4095)):
         with pytest.raises(ValueError, match=r"continuous latents|knows 'joint' only|no equal levels"):
             find_upstream("atoken").plan(UpstreamConfig({"args": fields["args"] | {name: value}}))
@@ -404,7 +411,7 @@ def test_omnitokenizer_searches_raw_rows_and_refuses_what_no_picture_needs(conve
     codec, expected = AutoModel.from_pretrained(converted("omnitokenizer")).eval(), reference("omnitokenizer")
     rows = codec.lookup(codec.encode(expected["pixel_values"])).norm(dim=-1)
     assert rows.amax() - rows.amin() > 0.1
-    args = json.loads((GOLDEN / "omnitokenizer" / "config.json").read_text())["args"]
+    args = json.loads((stored("omnitokenizer") / "config.json").read_text())["args"]
     for name, value in (("use_vae", True), ("spatial_pos", "rel"), ("enc_block", "ta")):
         with pytest.raises(ValueError, match=rf"^{name} is"):
             find_upstream("omnitokenizer").plan(UpstreamConfig({"args": args | {name: value}}))
@@ -487,7 +494,7 @@ def test_restok_merges_cells_into_levels_and_draws_from_the_first_codes(converte
     close(levels.cells[0].transpose(1, 2)[:, :, None], expected["last_image_tokens"])
     close(levels.cells[-1].transpose(1, 2).unflatten(2, features.shape[2:]), expected["first_image_tokens"])
     close(codec.resampler.sample(features).transpose(1, 2)[:, :, None], expected["z"])
-    for place, length in enumerate(json.loads((GOLDEN / "restok" / "config.json").read_text())["prefix_lengths"]):
+    for place, length in enumerate(json.loads((stored("restok") / "config.json").read_text())["prefix_lengths"]):
         codes = codec.encode(expected["pixel_values"], num_tokens=length)
         close(codec.decode(codes), expected[f"reconstruction_prefix_{place}"])
     codec.resampler.latent_levels[3:] = torch.randn_like(codec.resampler.latent_levels[3:])  # from the fifth latent on
@@ -497,9 +504,30 @@ def test_restok_merges_cells_into_levels_and_draws_from_the_first_codes(converte
     assert all(one.equal(other) for one, other in zip(again.cells, levels.cells, strict=True))
 
 
+@torch.no_grad()
+def test_gigatok_reads_and_draws_by_queries(converted):
+    codec, expected = AutoModel.from_pretrained(converted("gigatok")).eval(), reference("gigatok")
+    close = partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+    features = codec.encoder(expected["pixel_values"])
+    close(features, expected["cnn_features"])
+    close(codec.resampler.sample(features).transpose(1, 2)[:, :, None], expected["z"])
+    codes = codec.encode(expected["pixel_values"])
+    close(codec.features(codes), expected["distill_features"])
+    hidden = codec.decoder.reader(*codec.decoder.begun(codec.lookup(codes))).transpose(1, 2)
+    close(codec.decoder.to_grid(hidden.unflatten(2, features.shape[2:])), expected["spatial"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("rope_1d", True), ("multi_level_query_init", False)])
+def test_a_gigatok_that_is_built_otherwise_is_refused(name, value):
+    fields = json.loads((stored("gigatok") / "config.json").read_text())
+    fields["args"][name] = value
+    with pytest.raises(ValueError, match=f"{name} is not {not value}"):
+        UPSTREAMS["gigatok"].plan(UpstreamConfig(fields))
+
+
 @pytest.mark.parametrize(("name", "value"), [("is_legacy", False), ("multi_quant", False), ("vit_enc_patch_size", 8)])
 def test_a_restok_that_is_built_otherwise_is_refused(name, value):
-    fields = json.loads((GOLDEN / "restok" / "config.json").read_text())
+    fields = json.loads((stored("restok") / "config.json").read_text())
     fields["args"]["model"]["vq_model"][name] = value
     with pytest.raises(ValueError, match=f"{name} is not"):
         UPSTREAMS["restok"].plan(UpstreamConfig(fields))
@@ -532,7 +560,7 @@ def test_fqgan_with_two_factors_is_the_one_with_three_without_the_last(tmp_path,
 
 @torch.no_grad()
 def test_meditok_is_unitok_with_causal_attention(tmp_path, converted):
-    shutil.copytree(GOLDEN / "unitok", tmp_path / "source")
+    shutil.copytree(stored("unitok"), tmp_path / "source")
     fields = json.loads((tmp_path / "source" / "config.json").read_text()) | {"system": "meditok"}
     (tmp_path / "source" / "config.json").write_text(json.dumps(fields))
     causal = AutoModel.from_pretrained(convert("meditok", tmp_path / "source", tmp_path / "out").target).eval()
@@ -628,7 +656,7 @@ def test_a_restricted_licence_must_be_accepted(system, golden, tmp_path):
 
 def test_an_input_statistic_that_the_codec_does_not_hold_is_refused(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(GOLDEN / "ta_tok", source)
+    shutil.copytree(stored("ta_tok"), source)
     spoil(source, lambda weights: weights["scale_layer.shift"].fill_(0.4))
     with pytest.raises(ValueError, match=r"this converter knows 0\.5 only"):
         convert("ta_tok", source, tmp_path / "out", accept_licence=True)
@@ -644,7 +672,7 @@ def test_xomni_keeps_the_shape_of_pictures(tmp_path):
                 any_shape_size(width, height)
         else:
             assert list(any_shape_size(width, height)) == wanted
-    arguments = json.loads((GOLDEN / "xomni_tokenizer" / "config.json").read_text())
+    arguments = json.loads((stored("xomni_tokenizer") / "config.json").read_text())
     VisualCodecImageProcessor(any_shape=arguments["preprocess_args_for_preprocess_image"]).save_pretrained(tmp_path)
     processor = VisualCodecImageProcessor.from_pretrained(tmp_path)
     picture = Image.fromarray(expected["preprocess_image"].numpy())

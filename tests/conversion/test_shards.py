@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import stored
 from safetensors.torch import load_file, save_file
 
 from unimm.conversion import UPSTREAMS, convert, restore
@@ -77,7 +78,7 @@ def test_shards_in_shards_out(ending, source, whole, tmp_path):
     )
 
 
-@pytest.mark.parametrize("system", sorted(system for system in UPSTREAMS if (GOLDEN / system).is_dir()))
+@pytest.mark.parametrize("system", sorted(system for system in UPSTREAMS if stored(system).is_dir()))
 def test_every_system_goes_back_bit_by_bit(system, golden, tmp_path):
     target = convert(system, golden(system), tmp_path / "out", accept_licence=True).target
     if system in WITH_UNUSED_ROWS:

@@ -241,7 +241,7 @@ class VisualCodecModel(PreTrainedModel):
             return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss)
         drawn = self._draw(vectors, grid, condition, (pixel_values.shape[2], pixel_values.shape[3]))
         output = CodecOutput(drawn, ids, quantized.loss)
-        if isinstance(self.decoder, TwoSidedDecoder):
+        if isinstance(self.decoder, TwoSidedDecoder) and self.decoder_options.makes_features:
             output.features = self.decoder.features(self.resampler.restore(vectors, grid))
         return output
 

@@ -42,6 +42,7 @@ from unimm.codec.merging import LevelViTConfig, LevelViTDecoder, MergingResample
 from unimm.codec.pair import PairEncoder, PairEncoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
+from unimm.codec.queries import QueryDecoder, QueryDecoderConfig, QueryResampler, QueryResamplerConfig
 from unimm.codec.registers import RegisterResampler, RegisterResamplerConfig
 from unimm.codec.resamplers import (
     AttentionResampler,
@@ -84,6 +85,7 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "registers": (RegisterResamplerConfig, RegisterResampler),
     "merging": (MergingResamplerConfig, MergingResampler),
     "rotary_latents": (RotaryLatentsConfig, RotaryLatentsResampler),
+    "queries": (QueryResamplerConfig, QueryResampler),
     "select": (SelectResamplerConfig, SelectResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -102,6 +104,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "dual": (DualDecoderConfig, DualDecoder),
     "unfolding": (UnfoldingDecoderConfig, UnfoldingDecoder),
     "attention_dual": (AttentionDualConfig, AttentionDualDecoder),
+    "query_vit": (QueryDecoderConfig, QueryDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "flow": (FlowDecoderConfig, FlowDecoder),
     "none": (NoDecoderConfig, NoDecoder),

@@ -51,16 +51,22 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[..., I]` to `[..., O]`."""
-        product = self.some(inputs.flatten(0, -2), slice(None))
-        return (product if self.bias is None else product + self.bias).view(*inputs.shape[:-1], -1)
+        rows = inputs if inputs.ndim == 2 else inputs.flatten(0, -2)
+        outputs = _scaled_product(rows, self.weight, self.scale)
+        outputs = outputs if self.bias is None else outputs + self.bias
+        return outputs if inputs.ndim == 2 else outputs.view(*inputs.shape[:-1], -1)
 
     def some(self, rows: torch.Tensor, outputs: slice | torch.Tensor) -> torch.Tensor:
         """Some outputs `[R, S]` of inputs `[R, I]`, without the bias."""
-        weight, scale = self.weight[outputs], self.scale[outputs]
-        if len(rows) <= INT8_ROWS:
-            return torch._weight_int8pack_mm(rows.contiguous(), weight, scale)
-        exact = rows if has_fast_bf16(rows.device) else rows.float()
-        return (F.linear(exact, weight.to(exact.dtype)) * scale).to(rows.dtype)
+        return _scaled_product(rows, self.weight[outputs], self.scale[outputs])
+
+
+def _scaled_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`[R, I]` and int8 `[O, I]` to `[R, O]`."""
+    if len(rows) <= INT8_ROWS:
+        return torch._weight_int8pack_mm(rows.contiguous(), weight, scale)
+    exact = rows if has_fast_bf16(rows.device) else rows.float()
+    return (F.linear(exact, weight.to(exact.dtype)) * scale).to(rows.dtype)
 
 
 class PackedLinear(nn.Module):

@@ -70,15 +70,20 @@ def projection(linear: nn.Module) -> Projection:
 def joined(linears: Sequence[nn.Module]) -> Projection:
     """What layers over the same rows do, side by side.
 
-    Plain layers become neighbours in memory, the weight of each a part of the whole, so that one product reads all of
-    them and nothing is stored twice.
+    Plain layers, or layers in int8, become neighbours in memory, the weight of each a part of the whole, so that one
+    product reads all of them and nothing is stored twice.
     """
     plain = [linear for linear in linears if type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor]
-    biases: list[torch.Tensor] = [linear.bias for linear in plain if linear.bias is not None]
-    if len(plain) < len(linears) or len(biases) not in (0, len(plain)):
+    stored = [linear for linear in linears if type(linear) is Int8Linear]
+    alike = plain if len(plain) == len(linears) else stored
+    biases = [linear.bias for linear in alike if linear.bias is not None]
+    if len(alike) < len(linears) or len(biases) not in (0, len(linears)):
         each = [projection(linear) for linear in linears]
         return lambda rows: torch.cat([project(rows) for project in each], dim=-1)
-    return product(_neighbours([linear.weight for linear in plain]), torch.cat(biases) if biases else None)
+    weight, bias = _neighbours([linear.weight for linear in alike]), torch.cat(biases) if biases else None
+    if stored:
+        return Int8Linear(weight, torch.cat([linear.scale for linear in stored]), bias)
+    return product(weight, bias)
 
 
 def _neighbours(weights: Sequence[torch.Tensor]) -> torch.Tensor:
