@@ -6,6 +6,7 @@ import shutil
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,8 +16,9 @@ from unimm import UniMMForConditionalGeneration, UniMMProcessor, VisualCodecMode
 from unimm.codec.presets import load_preset
 from unimm.config import from_dict, read_yaml
 from unimm.data.worlds import HELD_OUT_PAIRS, is_held_out_word
-from unimm.rewards import REWARDS, RewardMixture
+from unimm.rewards import REWARDS, Reward, RewardMixture
 from unimm.scorers.facts import SceneFacts
+from unimm.training import grpo
 from unimm.training.grpo import (
     DrawingGRPOTrainer,
     GrpoRecipe,
@@ -25,6 +27,7 @@ from unimm.training.grpo import (
     check_recipe,
     group_diversity,
     grpo_arguments,
+    without_idle_rows,
 )
 from unimm.training.policy import SamplingPolicy
 from unimm.training.prompts import PromptsConfig, make_prompts
@@ -270,6 +273,33 @@ def test_guided_cut_and_repeated_rollouts_train(worlds_folder, tmp_path, samplin
     )
     assert directory.metrics()[0]["ratio_deviation"] < 1e-3
     assert len(curve(directory)) == 2
+
+
+def test_drawings_that_teach_nothing_are_left_out_and_change_nothing(worlds_folder, tmp_path, monkeypatch):
+    def half(images, drawings):  # all equal in the first of two groups
+        return [0.5] * 4 + [float(np.asarray(image).mean() / 255) for image in images[4:]]
+
+    monkeypatch.setitem(REWARDS, "half", Reward("half", 0.0, 1.0, lambda facts: True, half))
+    options = {"objective": {"kl": 0.0}, "rewards": {"half": 1.0}, "optimizer": {"steps": 1, "lr": 1e-2, "warmup": 0}}
+    left_out = train(grpo_recipe(tmp_path, worlds_folder, "some", **options))
+    monkeypatch.setattr(grpo, "without_idle_rows", lambda inputs: (inputs, 1.0))
+    whole = train(grpo_recipe(tmp_path, worlds_folder, "all", **options))
+    one, other, before = (
+        UniMMForConditionalGeneration.from_pretrained(source).state_dict()
+        for source in (left_out.model, whole.model, worlds_folder)
+    )
+    assert any(not one[name].equal(before[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3)
+
+
+def test_only_rows_with_an_advantage_are_kept_and_at_least_one():
+    rows = {"advantages": torch.tensor([0.0, 2.0, 0.0, -1.0]), "ids": torch.arange(8).view(4, 2), "steps": 3}
+    kept, share = without_idle_rows(rows)
+    assert kept["ids"].tolist() == [[2, 3], [6, 7]]
+    assert (share, kept["steps"]) == (0.5, 3)
+    idle, share = without_idle_rows(rows | {"advantages": torch.zeros(4)})
+    assert (idle["advantages"].tolist(), share) == ([0.0], 0.25)
 
 
 def test_a_run_that_scores_another_distribution_is_stopped_at_its_first_step(worlds_folder, tmp_path):

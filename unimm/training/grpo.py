@@ -72,7 +72,8 @@ class ObjectiveConfig:
     """What is optimised.
 
     Args:
-        kl: weight of the divergence from the model that the run began with; 0 spares its forward pass.
+        kl: weight of the divergence from the model that the run began with; 0 spares its forward pass, and both
+            passes of drawings in groups with equal rewards, which teach nothing then.
         clip: how far a probability ratio counts.
         updates: optimiser steps on the same rollouts.
         score_under_grammar: False scores the full softmax, as TRL does; for comparison only.
@@ -260,7 +261,10 @@ class DrawingGRPOTrainer(GRPOTrainer):
         return log_probs, torch.cat([score.entropies for score in scores]) if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        loss = super()._compute_loss(model, inputs)
+        share = 1.0
+        if not self.beta:
+            inputs, share = without_idle_rows(inputs)
+        loss = share * super()._compute_loss(model, inputs)
         recorded = inputs.get("sampling_per_token_logps")
         if recorded is not None and self.state.global_step == 0:
             assert self._scored is not None
@@ -417,6 +421,21 @@ def grpo_arguments(
         disable_dropout=True,
         shuffle_dataset=False,
     )
+
+
+def without_idle_rows(inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The rows whose advantage is not zero, at least one, and their share of all.
+
+    Without a divergence the others have no gradient, so that share times the mean loss of these is the mean of all.
+    """
+    advantages = inputs["advantages"]
+    busy = advantages.nonzero().flatten()
+    kept = busy if len(busy) else torch.zeros_like(advantages[:1], dtype=torch.long)
+    rows = {
+        name: value[kept] if torch.is_tensor(value) and value.shape[:1] == advantages.shape else value
+        for name, value in inputs.items()
+    }
+    return rows, len(kept) / len(advantages)
 
 
 def group_diversity(drawn: torch.Tensor, group_size: int) -> float:
