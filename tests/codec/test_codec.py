@@ -74,6 +74,20 @@ TINY = {
             "pixel_heads": 2,
             "meaning_heads": 4,
         },
+        "tower": {
+            "kind": "tower",
+            "tower": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 16,
+            },
+            "layer": 1,
+            "learns": True,
+        },
         "closing_vit": {
             "kind": "closing_vit",
             "dim": 4,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
 from unimm.codec.selection import SelectResampler, padded
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
+from unimm.codec.tower import TowerEncoder, tower_fields
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock
@@ -85,6 +88,25 @@ class VisualCodecModel(PreTrainedModel):
         self.decoder_options: DecoderOptions = decoder
         self.dim = self.quantizer.out_dim(resampler.dim)
         self.post_init()
+
+    @classmethod
+    def from_tower(
+        cls, tower: str | Path, *, layer: int = 0, learns: bool = False, **sockets: dict[str, Any]
+    ) -> VisualCodecModel:
+        """A codec around a saved vision model, the other sockets with fresh weights.
+
+        Args:
+            tower: folder or Hub name of a model as of `TowerEncoderConfig`, with its image processor.
+            layer, learns: as there.
+            sockets: `resampler`, `quantizer`, `length` and `decoder` of the configuration.
+
+        Raises:
+            ValueError: another kind of model, or sockets that do not fit it.
+        """
+        codec = cls(VisualCodecConfig(**tower_fields(tower, layer=layer, learns=learns), **sockets))
+        assert isinstance(codec.encoder, TowerEncoder)
+        codec.encoder.load(tower)
+        return codec
 
     def encode(
         self, pixel_values: torch.Tensor, *, num_tokens: int | None = None, generator: torch.Generator | None = None

@@ -59,6 +59,7 @@ from unimm.codec.rotary_latents import (
 )
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
 from unimm.codec.taps import TapEncoder, TapEncoderConfig
+from unimm.codec.tower import TowerEncoder, TowerEncoderConfig
 from unimm.codec.unfolding import ClosingViT, ClosingViTConfig, UnfoldingDecoder, UnfoldingDecoderConfig
 from unimm.codec.vitamin import VitaminDecoder, VitaminDecoderConfig, VitaminEncoder, VitaminEncoderConfig
 
@@ -74,6 +75,7 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "vitamin": (VitaminEncoderConfig, VitaminEncoder),
     "branches": (BranchEncoderConfig, BranchEncoder),
     "pair": (PairEncoderConfig, PairEncoder),
+    "tower": (TowerEncoderConfig, TowerEncoder),
     "taps": (TapEncoderConfig, TapEncoder),
     "closing_vit": (ClosingViTConfig, ClosingViT),
 }

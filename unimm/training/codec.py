@@ -49,7 +49,7 @@ class CodecRecipe:
     """A recipe with `task: codec`.
 
     Args:
-        model: keys of `VisualCodecConfig`.
+        model: keys of `VisualCodecConfig`; `encoder.tower` may name a saved vision model.
         perceptual: a frozen model whose features of the copy should be those of the picture.
         distill: a frozen model whose features the codec's own decoder of features rebuilds.
         critic: a network that learns to tell copies from pictures.
@@ -78,7 +78,7 @@ class CodecTask:
     def __init__(self, recipe: CodecRecipe, pool: Pool) -> None:
         self.recipe = recipe
         self.pool = pool.pictures
-        self.codec = VisualCodecModel(VisualCodecConfig(**recipe.model)).to(memory_format=torch.channels_last)
+        self.codec = begun_codec(recipe.model).to(memory_format=torch.channels_last)
         self.model: nn.Module = self.codec
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
@@ -142,6 +142,15 @@ class CodecTask:
         retire_duplicates(self.codec.eval(), self.pool[:COUNTED])
         self.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
         VisualCodecImageProcessor.for_codec(self.codec.config).save_pretrained(path)
+
+
+def begun_codec(fields: dict[str, Any]) -> VisualCodecModel:
+    """A codec with fresh weights; where `encoder.tower` is a folder or Hub name, around that model."""
+    encoder = fields.get("encoder", {})
+    if not isinstance(encoder.get("tower"), str):
+        return VisualCodecModel(VisualCodecConfig(**fields))
+    options = {name: value for name, value in encoder.items() if name != "kind"}
+    return VisualCodecModel.from_tower(**options, **{name: fields[name] for name in fields if name != "encoder"})
 
 
 def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:

@@ -1,0 +1,109 @@
+"""Vision towers of transformers as encoders."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    Qwen2VLConfig,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
+
+from unimm import VisualCodecConfig, VisualCodecModel
+from unimm.codec.tower import TowerEncoder, TowerEncoderConfig
+from unimm.training.codec import begun_codec
+
+SIDE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+TOWERS = [
+    SiglipVisionConfig(**SIDE, intermediate_size=24),
+    CLIPVisionConfig(**SIDE, intermediate_size=24),
+    Dinov2Config(**SIDE, mlp_ratio=2),
+    Dinov2WithRegistersConfig(**SIDE, mlp_ratio=2),
+    DINOv3ViTConfig(**SIDE, intermediate_size=24, num_register_tokens=2),
+    ViTConfig(**SIDE, intermediate_size=24),
+]
+SOCKETS = {
+    "resampler": {"kind": "grid", "dim": 8},
+    "quantizer": {"kind": "fsq", "levels": [4, 4]},
+    "decoder": {"kind": "features", "width": 32, "blocks": 1},
+}
+
+
+def pictures():
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", TOWERS, ids=lambda config: config.model_type)
+def test_cells_are_the_hidden_states_of_a_layer(config):
+    torch.manual_seed(0)
+    whole = AutoModel.from_config(config).eval()
+    output = whole(pictures(), output_hidden_states=True)
+    for layer in range(4):
+        encoder = TowerEncoder(TowerEncoderConfig(config.to_dict(), layer)).eval()
+        kept = encoder.tower.state_dict()
+        encoder.tower.load_state_dict({name: whole.state_dict()[name] for name in kept})
+        states = output.hidden_states[layer] if layer else output.last_hidden_state
+        assert encoder(pictures()).flatten(2).transpose(1, 2).equal(states[:, -16:])
+    assert len(kept) == len(whole.state_dict())
+    first = TowerEncoder(TowerEncoderConfig(config.to_dict(), 1)).tower.state_dict()
+    assert len(first) < len(kept)  # later layers are not there
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A saved model of pictures and texts."""
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config=CLIPVisionConfig(**SIDE, intermediate_size=24).to_dict())
+    ).save_pretrained(folder)
+    CLIPImageProcessorPil(size=32, crop_size=32, image_std=[0.5, 0.25, 0.5]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_codec_begins_with_a_saved_tower_and_keeps_or_trains_it(clip, tmp_path, learns):
+    codec = VisualCodecModel.from_tower(clip, layer=2, learns=learns, **SOCKETS)
+    saved = CLIPModel.from_pretrained(clip).vision_model.state_dict()
+    kept = {name.removeprefix("vision_model."): weight for name, weight in codec.encoder.tower.state_dict().items()}
+    assert all(weight.equal(saved[name]) for name, weight in kept.items())
+    assert codec.config.pixel_std == [0.5, 0.25, 0.5]
+    codec.train()
+    assert codec.encoder.tower.training == learns
+    output = codec(codec.from_shown(pictures()))
+    (output.reconstruction.square().mean() + output.quantizer_loss).backward()
+    reached = {name for name, weight in codec.named_parameters() if weight.grad is not None}
+    assert any(name.startswith("encoder") for name in reached) == learns
+    assert any(name.startswith("resampler") for name in reached)
+    codec.eval().save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    pixels = codec.from_shown(pictures())
+    assert again.encode(pixels).ids.equal(codec.encode(pixels).ids)
+
+
+def test_a_recipe_names_a_tower(clip):
+    codec = begun_codec({"encoder": {"kind": "tower", "tower": str(clip), "layer": 1}, **SOCKETS})
+    assert codec.encoder.config.layer == 1
+    assert codec.config.image_size == 32
+
+
+def test_models_of_another_form_are_refused():
+    for config in (Siglip2VisionConfig(), Qwen2VLConfig()):
+        with pytest.raises(ValueError, match="take a vision transformer over square patches"):
+            TowerEncoderConfig(config.to_dict())
+    with pytest.raises(ValueError, match="transformers knows no such model"):
+        TowerEncoderConfig({"model_type": "nothing"})
+    with pytest.raises(ValueError, match="layers 1 to 3"):
+        TowerEncoderConfig(TOWERS[0].to_dict(), layer=4)
+    with pytest.raises(ValueError, match=r"tower\.model_type is None"):
+        VisualCodecConfig(encoder={"kind": "tower", "tower": {}})

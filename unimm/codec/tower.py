@@ -1,0 +1,136 @@
+"""Any vision tower of transformers as an encoder: the hidden states of one of its layers, laid out as a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+
+from unimm.codec.encoders import EncoderOptions
+
+WANTED = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
+STAGES = ("out_features", "out_indices", "stage_names")  # of a backbone, which follow from the number of layers
+
+
+@dataclass(frozen=True)
+class TowerEncoderConfig(EncoderOptions):
+    """A vision model that reads squares of pixels: SigLIP, CLIP, DINOv2, DINOv3, ViT and others of their form.
+
+    Args:
+        tower: its configuration in transformers, `model_type` and fields; of a model of pictures and texts, the whole.
+        layer: whose hidden states are read, counted from 1; later layers are not built. 0 reads what the tower gives,
+            behind its last norm.
+        learns: whether its weights are trained.
+    """
+
+    tower: dict[str, Any]
+    layer: int = 0
+    learns: bool = False
+
+    def __post_init__(self) -> None:
+        config = self.tower_config
+        if missing := [name for name in WANTED if not isinstance(getattr(config, name, None), int)]:
+            raise ValueError(
+                f"tower is of model_type {config.model_type!r}, which has no {', '.join(missing)}; take a vision "
+                "transformer over square patches."
+            )
+        if not 0 <= self.layer <= config.num_hidden_layers:
+            raise ValueError(
+                f"layer is {self.layer}; the tower has layers 1 to {config.num_hidden_layers}, and 0 is its output."
+            )
+
+    @cached_property
+    def tower_config(self) -> PreTrainedConfig:
+        """Of the part that sees."""
+        model_type = self.tower.get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"tower.model_type is {model_type!r}; transformers knows no such model.")
+        config = CONFIG_MAPPING[model_type](**without_stages(self.tower))
+        return getattr(config, "vision_config", config)
+
+    @property
+    def downsample(self) -> int:
+        return self.tower_config.patch_size
+
+    @property
+    def width(self) -> int:
+        return self.tower_config.hidden_size
+
+
+def without_stages(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration that do not follow from others."""
+    return {name: value for name, value in fields.items() if name not in STAGES}
+
+
+class TowerEncoder(nn.Module):
+    """Pixels `[B, 3, H, W]` to `[B, hidden_size, H / patch_size, W / patch_size]`; class and register tokens fall out.
+
+    Of a tower that learns, only weights that the chosen states depend on are trained.
+    """
+
+    def __init__(self, config: TowerEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        built = config.tower_config
+        if config.layer:
+            built = type(built)(**without_stages(built.to_dict()) | {"num_hidden_layers": config.layer})
+        self.tower = AutoModel.from_config(built)
+        self._set_trained()
+
+    def load(self, name: str | Path) -> None:
+        """Take the weights of a saved model, by folder or Hub name."""
+        self.tower = type(self.tower).from_pretrained(name, config=self.tower.config, dtype=torch.float32)
+        self._set_trained()
+
+    def _set_trained(self) -> None:
+        self.tower.requires_grad_(False)
+        if not self.config.learns:
+            return
+        with torch.device("meta"):
+            probe = AutoModel.from_config(self.tower.config)
+            side = self.config.tower_config.image_size
+            self._states(probe, torch.zeros(1, 3, side, side)).sum().backward()
+        reached = {name for name, weight in probe.named_parameters() if weight.grad is not None}
+        for name, weight in self.tower.named_parameters():
+            weight.requires_grad_(name in reached)
+
+    def _states(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        output = tower(pixel_values, output_hidden_states=self.config.layer > 0)
+        return output.hidden_states[-1] if self.config.layer else output.last_hidden_state
+
+    def train(self, mode: bool = True) -> TowerEncoder:
+        super().train(mode)
+        if not self.config.learns:
+            self.tower.eval()
+        return self
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        rows, columns = (side // self.config.downsample for side in pixel_values.shape[2:])
+        with torch.set_grad_enabled(self.config.learns and torch.is_grad_enabled()):
+            states = self._states(self.tower, pixel_values)
+        cells = states[:, states.shape[1] - rows * columns :]  # class and register tokens come first
+        return cells.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+
+
+def tower_fields(name: str | Path, *, layer: int = 0, learns: bool = False) -> dict[str, Any]:
+    """Fields of a codec's configuration around a saved vision model: encoder, side and normalisation of its pictures.
+
+    Args:
+        name: folder or Hub name.
+        layer, learns: as of `TowerEncoderConfig`.
+    """
+    tower = AutoConfig.from_pretrained(name).to_dict()
+    encoder = {"kind": "tower", "tower": tower, "layer": layer, "learns": learns}
+    seen = TowerEncoderConfig(tower, layer, learns).tower_config
+    processor = AutoImageProcessor.from_pretrained(name)
+    return {
+        "image_size": seen.image_size,
+        "pixel_mean": list(processor.image_mean),
+        "pixel_std": list(processor.image_std),
+        "encoder": encoder,
+    }
