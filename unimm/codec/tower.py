@@ -1,4 +1,7 @@
-"""Any vision tower of transformers as an encoder: the hidden states of one of its layers, laid out as a grid."""
+"""Any vision tower of transformers as an encoder: the hidden states of one of its layers, laid out as a grid.
+
+The Auto classes are imported where they are used: their first import registers the codec, which this one is a part of.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from unimm.codec.encoders import EncoderOptions
 
@@ -47,6 +50,8 @@ class TowerEncoderConfig(EncoderOptions):
     @cached_property
     def tower_config(self) -> PreTrainedConfig:
         """Of the part that sees."""
+        from transformers import CONFIG_MAPPING
+
         model_type = self.tower.get("model_type")
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"tower.model_type is {model_type!r}; transformers knows no such model.")
@@ -79,7 +84,7 @@ class TowerEncoder(nn.Module):
         built = config.tower_config
         if config.layer:
             built = type(built)(**without_stages(built.to_dict()) | {"num_hidden_layers": config.layer})
-        self.tower = AutoModel.from_config(built)
+        self.tower = _unfilled(built)
         self._set_trained()
 
     def load(self, name: str | Path) -> None:
@@ -92,7 +97,7 @@ class TowerEncoder(nn.Module):
         if not self.config.learns:
             return
         with torch.device("meta"):
-            probe = AutoModel.from_config(self.tower.config)
+            probe = _unfilled(self.tower.config)
             side = self.config.tower_config.image_size
             self._states(probe, torch.zeros(1, 3, side, side)).sum().backward()
         reached = {name for name, weight in probe.named_parameters() if weight.grad is not None}
@@ -117,6 +122,12 @@ class TowerEncoder(nn.Module):
         return cells.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
 
 
+def _unfilled(config: PreTrainedConfig) -> PreTrainedModel:
+    from transformers import AutoModel
+
+    return AutoModel.from_config(config)
+
+
 def tower_fields(name: str | Path, *, layer: int = 0, learns: bool = False) -> dict[str, Any]:
     """Fields of a codec's configuration around a saved vision model: encoder, side and normalisation of its pictures.
 
@@ -124,6 +135,8 @@ def tower_fields(name: str | Path, *, layer: int = 0, learns: bool = False) -> d
         name: folder or Hub name.
         layer, learns: as of `TowerEncoderConfig`.
     """
+    from transformers import AutoConfig, AutoImageProcessor
+
     tower = AutoConfig.from_pretrained(name).to_dict()
     encoder = {"kind": "tower", "tower": tower, "layer": layer, "learns": learns}
     seen = TowerEncoderConfig(tower, layer, learns).tower_config
