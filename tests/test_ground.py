@@ -59,7 +59,7 @@ def test_config_reads_overrides_and_round_trips(tmp_path):
     ("text", "message"),
     [
         ("name: a\ninner: {learning_rate: 1}", "unknown key 'learning_rate'"),
-        ("nam: a\ninner: {}", "Did you mean 'name'"),
+        ("nam: a\ninner: {}", "Did you mean name"),
         ("inner: {}", "missing key 'name'"),
         ("name: a\ninner: {lr: fast}", "must be float"),
         ("- a", "must hold a YAML mapping"),

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,16 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     for override in overrides:
         set_by_path(data, override)
     return from_dict(cls, data, where=str(path))
+
+
+def did_you_mean(name: str, names: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> str:
+    """The sentence of an error that proposes up to `n` near names, behind a space; empty where none is near.
+
+    Args:
+        cutoff: how near they must be, from 0, anything, to 1, equal.
+    """
+    near = difflib.get_close_matches(name, list(names), n=n, cutoff=cutoff)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -64,8 +74,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "config") -
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(key), fields, n=1)
             raise ValueError(f"{where}: unknown key {key!r}.{hint} Known keys: {', '.join(fields)}.")
     required = [
         name

@@ -565,7 +565,7 @@ def test_resolution_codec_takes_several_sizes():
 
 
 def test_wrong_configurations_are_refused():
-    with pytest.raises(ValueError, match="Did you mean 'conv'"):
+    with pytest.raises(ValueError, match="Did you mean conv"):
         VisualCodecConfig(encoder={"kind": "cnv"})
     with pytest.raises(ValueError, match="divides sizes by 16"):
         VisualCodecConfig(decoder={"kind": "vit", "patch": 8})

@@ -144,7 +144,7 @@ def test_messages_pass_with_and_without_a_picture(codec, codec_folder, tmp_path)
 
 def test_bad_sources_are_refused_with_the_way_out(codec_folder, tmp_path):
     folder = image_folder(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"no column 'captions' for --text. Did you mean 'caption'\?"):
+    with pytest.raises(ValueError, match=r"no column 'captions' for --text. Did you mean caption\?"):
         tokenize_source(Source(folder["path"], text="captions"), codec_folder, tmp_path / "rows")
     with pytest.raises(ValueError, match="a row has one"):
         tokenize_source(Source(folder["path"], text="a", messages="b"), codec_folder, tmp_path / "rows")

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2Config
 
 import unimm
 from unimm import VisualCodecModel, VisualCodes
-from unimm.conversion import convert, published, restore
+from unimm.conversion import convert, restore
 from unimm.conversion.maps import tar
 from unimm.conversion.maps.tar_system import read
+from unimm.conversion.presets import load_published
 from unimm.conversion.upstream import UpstreamConfig
 
 ROWS, CODES = 320, 64
@@ -172,7 +173,7 @@ def test_pixels_that_make_no_whole_patch_are_dropped():
     changed = pixels.clone()
     changed[..., 72:, :] = changed[..., 72:] = 0
     assert codec.encode(changed).ids.equal(codes.ids)
-    assert tar.plan(UpstreamConfig(published.TA_TOK)).config.length_policy.max_length == 729
+    assert load_published("ta_tok").config.length_policy.max_length == 729
 
 
 def test_it_saves_and_loads_again(converted, tmp_path):

@@ -358,7 +358,7 @@ def test_a_guard_forgives_one_good_line_and_remembers_over_a_restart(tmp_path):
         ({"sampling": {"top_p": 0.9}}, "set top_p: 1, or objective.kl: 0"),
         ({"rewards": {"beauty": 1.0}}, "some of scene"),
         ({"prompts": {"categories": {}}}, "some of single"),
-        ({"reward": {"scene": 1.0}}, "Did you mean 'rewards'"),
+        ({"reward": {"scene": 1.0}}, "Did you mean rewards"),
     ],
 )
 def test_bad_recipes_are_refused(worlds_folder, tmp_path, changes, message):

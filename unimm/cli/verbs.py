@@ -377,13 +377,21 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["codec", "system"], help="codec: a visual tokenizer; system: a published one")
-    parser.add_argument("name", help="a preset or the folder of a saved codec; a published system")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        help="codec: a preset, ours or of a published tokenizer, or the folder of a saved codec; left out, the presets "
+        "are listed. system: a published one",
+    )
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from unimm.cli.inspect import inspect_codec, inspect_system
+    from unimm.cli.inspect import inspect_codec, inspect_system, list_codecs
 
-    print(inspect_codec(arguments.name) if arguments.what == "codec" else inspect_system(arguments.name))
+    if arguments.what == "system":
+        print(inspect_system(arguments.name or ""))
+    else:
+        print(list_codecs() if arguments.name is None else inspect_codec(arguments.name))
 
 
 VERBS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import field
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedConfig
 from unimm.codec.length import LENGTH_POLICIES, LengthPolicy
 from unimm.codec.quantizers import QUANTIZERS
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
-from unimm.config import from_dict
+from unimm.config import did_you_mean, from_dict
 
 SOCKETS: dict[str, dict[str, type]] = {
     "encoder": {kind: config for kind, (config, _) in ENCODERS.items()},
@@ -32,8 +31,7 @@ def socket_config(socket: str, options: dict[str, Any]) -> Any:
     kinds = SOCKETS[socket]
     kind = options.get("kind")
     if kind not in kinds:
-        near = difflib.get_close_matches(str(kind), kinds, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(kind), kinds, n=1)
         raise ValueError(f"{socket}.kind is {kind!r}; it must be one of {', '.join(kinds)}.{hint}")
     return from_dict(kinds[kind], {key: value for key, value in options.items() if key != "kind"}, where=socket)
 

@@ -11,7 +11,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, FluxTransformer2DModel, Sana
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from unimm.conversion.maps import lavit, seed, tar, xomni, xomni_lm
+from unimm.conversion.maps import xomni_lm
+from unimm.conversion.presets import load_published
 from unimm.conversion.upstream import UpstreamConfig
 from unimm.conversion.whole import padded_rows
 from unimm.detokenizer import FeatureCondition
@@ -53,20 +54,6 @@ XOMNI = QWEN_7B | {
     "num_mm_adap_layers": 4,
     "num_mm_head_layers": 4,
 }
-XOMNI_TOKENIZER = {
-    "siglip_name": "siglip2_giant_patch16_384",
-    "z_channels": 1536,
-    "codebook_size": 16384,
-    "codebook_dim": 2048,
-}
-TA_TOK = {
-    "bottleneck": {
-        "args": {
-            "bottleneck_dim": 1536,
-            "regularizer": {"name": "simvq", "args": {"codebook_size": 65536, "l2_normalized": True}},
-        }
-    }
-}
 TAR_TEXT_ROWS = 151665  # tokens of Qwen2.5, after which the codes begin
 
 
@@ -98,7 +85,7 @@ def _whole(text: dict[str, Any], codec: Any, offset: int, size: int, **options: 
 def xomni_model() -> UniMMForConditionalGeneration:
     """X-Omni over Qwen2.5-7B, with four layers for pictures on each side."""
     fields = xomni_lm.language_fields(UpstreamConfig(XOMNI))
-    codec = xomni.plan(UpstreamConfig(XOMNI_TOKENIZER)).config
+    codec = load_published("xomni").config
     return UniMMForConditionalGeneration(UniMMConfig(**fields | {"codec_config": codec.to_dict()}))
 
 
@@ -168,15 +155,15 @@ def _sana_parts() -> dict[str, nn.Module]:
 
 
 def _seed(text: dict[str, Any]) -> UniMMForConditionalGeneration:
-    return _whole({"model_type": "llama", **text}, seed.plan(UpstreamConfig({})).config, 32000, 8192)
+    return _whole({"model_type": "llama", **text}, load_published("seed").config, 32000, 8192)
 
 
 def _tar(text: dict[str, Any]) -> UniMMForConditionalGeneration:
-    return _whole({"model_type": "qwen2", **text}, tar.plan(UpstreamConfig(TA_TOK)).config, TAR_TEXT_ROWS, 65536)
+    return _whole({"model_type": "qwen2", **text}, load_published("ta_tok").config, TAR_TEXT_ROWS, 65536)
 
 
 def _lavit() -> UniMMForConditionalGeneration:
-    codec = lavit.plan(UpstreamConfig({})).config
+    codec = load_published("lavit").config
     return _whole({"model_type": "llama", **LLAMA_7B}, codec, 32002, 16384, reads_features=True)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from unimm.config import did_you_mean
 from unimm.conversion.maps import (
     atoken,
     dualtoken,
@@ -79,7 +78,6 @@ def find_upstream(name: str) -> Upstream:
     names = {alias: upstream for upstream in UPSTREAMS.values() for alias in (upstream.system, *upstream.aliases)}
     wanted = name.lower().replace("-", "_")
     if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        hint = did_you_mean(wanted, names, cutoff=0.5)
         raise ValueError(f"No converter for {name!r}; there are {', '.join(UPSTREAMS)}.{hint}")
     return names[wanted]

@@ -7,7 +7,6 @@ what is missing.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import threading
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
+from unimm.config import did_you_mean
 from unimm.data.conversations import Message
 from unimm.data.rows import ENCODE_BATCH, SHARD_ROWS, ShardReport, check_manifest, read_report, write_shard
 from unimm.sequence import UniMMProcessor
@@ -169,8 +169,7 @@ def load_codec(path: str) -> tuple[VisualCodecModel, VisualCodecImageProcessor]:
 
 
 def _no_column(path: str, role: str, column: str, columns: list[str]) -> str:
-    near = difflib.get_close_matches(column, columns, n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = did_you_mean(column, columns, cutoff=0.4)
     return f"{path} has no column {column!r} for --{role}.{hint} It has {', '.join(columns)}."
 
 

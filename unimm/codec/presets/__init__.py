@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
+from typing import Any
 
 import yaml
 
 from unimm.codec.configuration import VisualCodecConfig
+from unimm.config import did_you_mean
 
 
-def preset_names() -> list[str]:
-    """Names of the presets that ship with the package."""
-    files = resources.files(__name__).iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+def names_in(package: str) -> list[str]:
+    """Names of the YAML files that ship in a package."""
+    return sorted(
+        file.name.removesuffix(".yaml") for file in resources.files(package).iterdir() if file.name.endswith(".yaml")
+    )
 
 
-def load_preset(name: str) -> VisualCodecConfig:
-    """The configuration of a preset.
+def read_preset(package: str, name: str) -> dict[str, Any]:
+    """The mapping in one of them.
 
     Raises:
         ValueError: no preset of that name.
     """
-    names = preset_names()
+    names = names_in(package)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"No codec preset {name!r}; there are {', '.join(names)}.{hint}")
-    text = resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return VisualCodecConfig(**yaml.safe_load(text))
+        raise ValueError(f"No codec preset {name!r}; there are {', '.join(names)}.{did_you_mean(name, names)}")
+    return yaml.safe_load(resources.files(package).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def preset_names() -> list[str]:
+    """Names of our own presets."""
+    return names_in(__name__)
+
+
+def load_preset(name: str) -> VisualCodecConfig:
+    """The configuration of one of our own presets.
+
+    Raises:
+        ValueError: no preset of that name.
+    """
+    return VisualCodecConfig(**read_preset(__name__, name))
 
 
 def tiny_codec_config() -> VisualCodecConfig:

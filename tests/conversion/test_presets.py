@@ -1,0 +1,193 @@
+"""Published tokenizers at their released sizes without weights, and each system at a tiny size with random ones."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN
+
+from unimm import VisualCodecModel, VisualCodes
+from unimm.cli.main import main
+from unimm.codec import preset_names
+from unimm.conversion import UPSTREAMS
+from unimm.conversion.presets import load_published, published_names
+from unimm.conversion.upstream import UpstreamConfig
+
+TOLERANCE = 0.005  # of the stated number of weights, which is rounded to 1 or 100 millions
+POSITIONS = {  # of a picture at the released size, and their codebooks, as the papers state them
+    "gigatok_xl_xxl": (256, (16384,)),
+    "instella_t2i": (128, (2,) * 64),
+    "one_d_piece_l256": (256, (4096,)),
+    "restok_l128": (128, (8192,)),
+    "seed": (32, (8192,)),
+    "ta_tok": (729, (65536,)),
+    "titok_l32": (32, (4096,)),
+    "tokenflow_384": (2227, (32768,)),
+    "unitok": (256, (4096,) * 8),
+}
+WHOLE_SYSTEMS = {"xomni_lm", "xomni", "seed_llama_8b", "seed_llama_14b", "lavit", "tar"}  # no codecs
+# Systems without a preset: a size that no fact states, or no released weights.
+WITHOUT_PRESET = {"atoken", "dualtoken"}
+# Where no fixture is at hand, the configuration of one that is built alike.
+STAND_IN = {"meditok": "unitok", "fqgan": "fqgan_triple"}
+EVOTOK = {
+    "args": {
+        "codebook_size": 48,
+        "codebook_embed_dim": 12,
+        "vqgan_depth": 2,
+        "vqkd_depth": 5,
+        "z_channels": 16,
+        "decoder_ch_mult": [2, 1, 1],
+        "teacher": "siglip_256",
+    },
+    "patched_literals": {"decoder_vqkd": {"num_heads": 4, "depth": 2}, "conv_ch": 32, "num_res_blocks": 1},
+    "teacher_vision_config": {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 30,
+        "patch_size": 6,
+    },
+}
+CODECS = [system for system in UPSTREAMS if system not in WHOLE_SYSTEMS]
+
+
+class Watched(UpstreamConfig):
+    """Upstream's configuration that knows what was read of it."""
+
+    def __init__(self, fields):
+        super().__init__(fields)
+        self.read = set()
+
+    def get(self, path, *default):
+        self.read.add(path)
+        return super().get(path, *default)
+
+
+def leaves(node, path=""):
+    for name, value in node.items():
+        yield from leaves(value, f"{path}{name}.") if isinstance(value, dict) else [f"{path}{name}"]
+
+
+@pytest.mark.parametrize("name", published_names())
+def test_every_published_size_is_built_and_weighs_what_upstream_says(name):
+    published = load_published(name)
+    watched = Watched(published.args)
+    published.upstream.plan(watched)
+    unread = [leaf for leaf in leaves(published.args) if not any(leaf.startswith(path) for path in watched.read)]
+    assert not unread  # a key that no plan reads is misspelt or says nothing
+    with torch.device("meta"):
+        codec = VisualCodecModel(published.config)
+    if published.parameters is not None:
+        millions = sum(weight.numel() for weight in codec.parameters()) / 1e6
+        assert millions == pytest.approx(published.parameters, rel=TOLERANCE)
+    if name in POSITIONS:
+        assert (codec.spec_without_fingerprint.max_length, codec.quantizer.sizes) == POSITIONS[name]
+
+
+def test_every_codec_of_the_registry_has_a_preset_unless_said_why_not():
+    assert {load_published(name).upstream.system for name in published_names()} == {*CODECS} - WITHOUT_PRESET
+    assert not {*published_names()} & {*preset_names()}
+
+
+def test_inspection_names_licences_and_near_presets(capsys):
+    assert main(["inspect", "codec", "titok_l32"]) == 0
+    said = capsys.readouterr().out
+    for line in ("paper      arXiv 2406.07550", "upstream   bytedance/1d-tokenizer", "licence    Apache-2.0"):
+        assert line in said
+    assert "pixels     256 x 256, [0, 1]" in said
+    assert "codes      32 positions, 4096, 384 bits" in said
+    assert main(["inspect", "codec"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in [*preset_names(), *published_names()])
+    assert main(["inspect", "codec", "gigatok_x"]) == 2
+    assert "Did you mean gigatok_" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny():
+    """A random model of a system: system -> codec. No weight is zero, so that every path carries a gradient."""
+
+    def build(system):
+        folder = GOLDEN / STAND_IN.get(system, system)
+        fields = EVOTOK if system == "evotok" else json.loads((folder / "config.json").read_text())
+        torch.manual_seed(0)
+        codec = VisualCodecModel(UPSTREAMS[system].plan(UpstreamConfig(fields)).config).eval()
+        for weight in codec.parameters():
+            if not weight.abs().sum():
+                torch.nn.init.normal_(weight.data, std=0.02)
+        return codec
+
+    return build
+
+
+def inputs(codec, batch=2):
+    """What the codec reads; four cells a side where it takes any size."""
+    side, generator = codec.config.image_size, torch.Generator().manual_seed(1)
+    if codec.config.length["kind"] in ("resolution", "any_sequence"):
+        side = 4 * codec.config.downsample
+    if not codec.config.reads_pixels:
+        return torch.randn(batch, codec.config.encoder["latent_channels"], side, side, generator=generator)
+    return codec.from_shown(torch.rand(batch, 3, side, side, generator=generator) * 2 - 1)
+
+
+def text(codec, batch=2):
+    """The condition, of a codec that draws under one."""
+    options = codec.config.decoder
+    if not options.get("condition_tokens"):
+        return None
+    return torch.randn(batch, options["condition_tokens"], options["condition_width"])
+
+
+def lengths(codec):
+    """All that the codec allows."""
+    policy = codec.length
+    if codec.config.length["kind"] == "pooled":
+        own = policy.max_length
+        return [length for length in range(1, own + 1) if allowed(policy, length)]
+    return list(range(policy.min_length, policy.max_length + 1)) if codec.config.length.get("prefixes") else []
+
+
+def allowed(policy, length):
+    try:
+        policy.check_length(length)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("system", CODECS)
+def test_every_system_encodes_decodes_and_reloads_at_every_length(system, tiny, tmp_path):
+    codec = tiny(system)
+    given, condition = inputs(codec), text(codec)
+    codes = codec.encode(given)
+    drawn = codec.decode(codes, condition=condition)
+    assert drawn.isfinite().all()
+    codec.save_pretrained(tmp_path)
+    again = VisualCodecModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.encode(given).ids.equal(codes.ids)
+    assert again.decode(codes, condition=condition).equal(drawn)
+    for length in lengths(codec):
+        short = codec.encode(given, num_tokens=length)
+        assert short.ids.shape[1] == length
+        assert again.encode(given, num_tokens=length).ids.equal(short.ids)
+        if codec.config.length.get("prefixes"):
+            assert short.ids.equal(codes.ids[:, :length])
+        if length in (1, codec.length.max_length // 2) or codec.config.length["kind"] == "pooled":
+            bare = VisualCodes(short.ids, short.mask, short.grid)
+            assert codec.decode(bare, condition=condition).isfinite().all()
+
+
+@pytest.mark.parametrize("system", CODECS)
+def test_every_trainable_weight_of_every_system_learns(system, tiny):
+    codec = tiny(system).train()
+    output = codec(inputs(codec), condition=text(codec))
+    loss = output.reconstruction.square().mean() + output.quantizer_loss
+    for more in (output.features, output.velocity_loss):
+        loss = loss if more is None else loss + more.square().mean()
+    loss.backward()
+    for name, weight in codec.named_parameters():
+        if weight.requires_grad:
+            assert weight.grad is not None, name
+            assert weight.grad.isfinite().all(), name
