@@ -15,9 +15,9 @@ START=${START:-runs/tiny-sft/model}  # its rows lie in ROWS
 ROWS=${ROWS:-runs/tiny-rows}
 FOLDER=${FOLDER:-runs/tiny-grpo}
 SEEDS=${SEEDS:-2 3 4}
-STEPS=${STEPS:-300}
+STEPS=${STEPS:-80}
 LIMIT=${LIMIT:-200}
-LR=${LR:-2.0e-4}
+LR=${LR:-3.0e-4}
 JOBS=${JOBS:-1}
 
 judge() {  # name, model, folder of the report, options
