@@ -12,6 +12,7 @@ from PIL import Image
 
 from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, VisualCodes
 from unimm.codec import load_preset, preset_names
+from unimm.codec.cell_flow import CellFlowConfig, CellFlowDecoder
 from unimm.codec.configuration import SOCKETS
 from unimm.codec.encoders import LocalEncoderConfig, stretched_luminance
 from unimm.codec.flow import FlowDecoder, FlowDecoderConfig, ProjectedGuidance
@@ -37,6 +38,7 @@ from unimm.codec.quantizers import (
     VQConfig,
 )
 from unimm.codec.quantizers.vector import nearest_rows
+from unimm.codec.resamplers import GridResamplerConfig
 
 PYRAMID = {"channels": [32, 32, 32, 32, 32], "blocks": 1, "attention_levels": [4], "code_channels": 16}
 VITAMIN = {"stages": [8, 16], "blocks": [1, 2], "width": 16, "depth": 1, "num_heads": 2}
@@ -49,7 +51,15 @@ TINY = {
         "conv": {"kind": "conv", "patch": 8, "channels": [8, 16], "blocks": 1},
         "form_and_palette": {"kind": "form_and_palette", "patch": 16, "branch_width": 8, "blocks": 1},
         "local": {"kind": "local", "patch": 8, "channels": [8, 16], "kernels": [3, 1]},
-        "vit": {"kind": "vit", "patch": 16, "width": 16, "depth": 1, "num_heads": 2, "table_side": 3},
+        "vit": {
+            "kind": "vit",
+            "patch": 16,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "table_side": 3,
+            "channel_scales": True,
+        },
         "joint": {"kind": "joint", **JOINT},
         "frame": {"kind": "frame", **FRAME},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
@@ -191,6 +201,17 @@ TINY = {
             "num_heads": 2,
             "mlp_width": 24,
             "steps": 2,
+        },
+        "cell_flow": {
+            "kind": "cell_flow",
+            "dim": 16,
+            "rows": 2,
+            "columns": 2,
+            "patch": 16,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "flow_depth": 1,
         },
         "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
@@ -684,23 +705,27 @@ def test_a_pyramid_normalises_what_it_reads_and_refuses_half_a_statistic():
             PyramidEncoderConfig(**sizes, **wrong)
 
 
-def test_a_flow_draws_the_same_codes_alike_and_otherwise_on_request():
-    codec = build(**{socket: TINY[socket][kind] for socket, kind in FLOW.items()})
+@pytest.mark.parametrize("kinds", [FLOW, {"decoder": "cell_flow"}])
+def test_a_flow_draws_the_same_codes_alike_and_otherwise_on_request(kinds):
+    codec = build(**{socket: TINY[socket][kind] for socket, kind in kinds.items()})
     torch.nn.init.normal_(codec.decoder.to_patches.weight)
     codes = codec.encode(pixels())
     drawn = codec.decode(codes)
     assert codec.decode(codes).equal(drawn)
-    alone = VisualCodes(codes.ids[1:2], codes.mask[1:2])  # what stands beside a picture changes nothing
+    alone = VisualCodes(
+        codes.ids[1:2], codes.mask[1:2], codes.grid and codes.grid[1:2]
+    )  # what stands beside a picture changes nothing
     torch.testing.assert_close(codec.decode(alone), drawn[1:2], atol=1e-5, rtol=1e-5)
     one, same, other = (codec.decode(codes, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert one.equal(same)
     assert not one.equal(other)
     assert not one.equal(drawn)
-    for length in range(1, codec.length.max_length + 1):
+    for length in range(codec.length.min_length, codec.length.max_length + 1):
         assert codec.reconstruct(pixels()).shape == codec.decode(codec.encode(pixels(), num_tokens=length)).shape
+    vectors = codec.resampler.restore(codec.lookup(codes), (2, 2))
     for steps in (0, -1):
         with pytest.raises(ValueError, match="takes at least 1"):
-            codec.decoder.sample(codec.lookup(codes), torch.zeros(3, 3, 32, 32), steps=steps)
+            codec.decoder.sample(vectors, torch.zeros(3, 3, 32, 32), steps=steps)
         with pytest.raises(ValueError, match="takes at least 1"):
             FlowDecoderConfig(steps=steps)
 
@@ -735,3 +760,51 @@ def test_a_flow_learns_to_draw_what_its_codes_say():
         noise = torch.randn(2, 3, 2, 2)
         drawn = decoder.sample(vectors, noise, steps=8, guidance=ProjectedGuidance(scale=1.0))
     torch.testing.assert_close(drawn.mean(dim=(1, 2, 3)), picture.mean(dim=(1, 2, 3)), atol=0.3, rtol=0)
+
+
+def tiny_cells():
+    """A flow of 2 x 2 cells of 4 pixels a side, none of whose parts is silent."""
+    torch.manual_seed(0)
+    size = {"rows": 2, "columns": 2, "patch": 4, "width": 32, "depth": 1, "num_heads": 2, "flow_depth": 2}
+    return CellFlowDecoder(CellFlowConfig(dim=2, **size)).eval()
+
+
+@torch.no_grad()
+def test_cells_of_a_flow_share_what_codes_say_and_no_noise():
+    decoder = tiny_cells()
+    vectors, noise = torch.randn(1, 2, 2, 2), torch.randn(1, 3, 8, 8)
+    drawn = decoder.sample(vectors, noise, steps=3)
+    other = noise.clone()
+    other[:, :, :4, :4] = torch.randn(1, 3, 4, 4)  # the first cell
+    again = decoder.sample(vectors, other, steps=3)
+    assert not again[:, :, :4, :4].isclose(drawn[:, :, :4, :4]).all()
+    torch.testing.assert_close(again[:, :, 4:], drawn[:, :, 4:])
+    torch.testing.assert_close(again[:, :, :4, 4:], drawn[:, :, :4, 4:])
+    other = vectors.clone()
+    other[:, :, 0, 0] += 1  # its code
+    assert not decoder.sample(other, noise, steps=3)[:, :, 4:].isclose(drawn[:, :, 4:]).any()
+
+
+def test_a_flow_of_cells_learns_to_draw_what_its_codes_say():
+    decoder = tiny_cells().train()
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    bright = torch.tensor([0.0, 1.0])
+    vectors = bright.view(2, 1, 1, 1).expand(2, 2, 2, 2)
+    picture = (2 * bright - 1).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    for _ in range(150):
+        optimizer.zero_grad()
+        decoder.denoise(vectors.repeat(8, 1, 1, 1), picture.repeat(8, 1, 1, 1)).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        drawn = decoder.sample(vectors, torch.randn(2, 3, 8, 8), steps=8)
+    torch.testing.assert_close(drawn.mean(dim=(1, 2, 3)), picture.mean(dim=(1, 2, 3)), atol=0.3, rtol=0)
+
+
+def test_a_grid_has_one_map_before_its_projection():
+    codec = build(resampler={"kind": "grid", "dim": 16, "norm": False, "gelu_width": 24})
+    features = torch.randn(2, codec.encoder(pixels()).shape[1], 2, 2)
+    first, last = codec.resampler.before[0], codec.resampler.to_positions
+    wanted = F.linear(F.gelu(first(features.flatten(2).mT)), last.weight[..., 0], last.bias)
+    torch.testing.assert_close(codec.resampler.sample(features), wanted)
+    with pytest.raises(ValueError, match="set one of them to 0"):
+        GridResamplerConfig(tanh_width=8, gelu_width=8)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import stored
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from unimm import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, VisualCodes
 from unimm.cli.main import main
-from unimm.codec.flow import ProjectedGuidance
+from unimm.codec.flow import Flow, ProjectedGuidance
 from unimm.codec.image_processing import any_shape_size
 from unimm.codec.selection import padded
 from unimm.conversion import UPSTREAMS, convert, find_upstream
@@ -135,10 +136,9 @@ def test_codes_and_output_equal_the_reference(system, converted):
         rows = expected["z_q"]
         rows = rows.flatten(2).transpose(1, 2) if rows.ndim == 4 else rows
         torch.testing.assert_close(codec.lookup(codes), rows, atol=TOLERANCE, rtol=0)
-    output = next((name for name in OUTPUTS if name in expected), None)
-    if output is None:  # drawn from noise, in a test of its own
-        assert not codec.config.reads_pixels
+    if isinstance(codec.decoder, Flow):  # drawn from noise, in a test of its own
         return
+    output = next(name for name in OUTPUTS if name in expected)
     drawn = codec.decode(codes, condition=expected.get("text_guidance"))
     drawn = drawn.clamp(-1, 1) if system in CLAMPED else drawn
     torch.testing.assert_close(drawn, expected[output], atol=TOLERANCE, rtol=0)
@@ -601,6 +601,33 @@ def test_the_flow_of_flextok_equals_the_reference(converted):
         close(decoder.velocity(noise[one], time[one], kept), expected["velocity_keep_k"][one])
         drawn = decoder.sample(kept, noise[one], steps=3, guidance=projected)
         close(drawn, expected["sample_apg_3_steps_keep_k"][one])
+
+
+@pytest.mark.parametrize("system", these("uniflow"))
+@torch.no_grad()
+def test_the_flow_of_uniflow_equals_the_reference(system, converted):
+    codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
+    decoder, close = codec.decoder, partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+    pixel_values = expected["pixel_values"]
+    close(codec.encoder(pixel_values).flatten(2).mT, expected["vit_tokens"])
+    codes = codec.encode(pixel_values)
+    vectors = codec.resampler.restore(codec.lookup(codes), codes.grid[0])
+    conditions = decoder.conditions(vectors)
+    close(conditions, expected["condition"])
+    patches = {"output_size": pixel_values.shape[2:], "kernel_size": decoder.patch, "stride": decoder.patch}
+    noise, velocity = (  # a row for each patch, as a picture
+        F.fold(expected[name].unflatten(0, (len(pixel_values), -1)).mT, **patches) for name in ("noise", "velocity_t04")
+    )
+    close(decoder.velocity(noise, torch.full((len(noise),), 0.6), conditions), -velocity)  # counted from the picture
+    torch.testing.assert_close(decoder.sample(vectors, noise), expected["reconstruction"], atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_cfg", True), ("norm_type", "rms_norm"), ("vit_hidden_size", 64)])
+def test_a_uniflow_that_is_built_otherwise_is_refused(name, value):
+    published = UPSTREAMS["uniflow"].plan(UpstreamConfig({}))
+    assert published.config.length_policy.max_length == 1024
+    with pytest.raises(ValueError, match=f"{name}"):
+        UPSTREAMS["uniflow"].plan(UpstreamConfig({name: value}))
 
 
 def test_seed_takes_normalised_pixels_of_its_tower_and_no_bytes(converted):

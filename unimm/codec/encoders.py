@@ -134,6 +134,7 @@ class ViTEncoderConfig(EncoderOptions):
         keep_class_token: whether its feature is given too, before those of the patches; the features then are one row
             `[B, D, 1, 1 + rows * columns]`, for resamplers that attend to them (SEED, 2307.08041).
         tanh_gelu: whether GELU is computed by its tanh formula (SigLIP).
+        channel_scales: whether the updates of every block are scaled by channel.
         drop_margin: leave out the pixels beyond the last whole patch, as SigLIP does with 384 of them in patches of 14.
         mean, std: of pixels; the tower sees their distance from `mean` in units of `std`.
     """
@@ -150,6 +151,7 @@ class ViTEncoderConfig(EncoderOptions):
     class_token: bool = False
     keep_class_token: bool = False
     tanh_gelu: bool = False
+    channel_scales: bool = False
     drop_margin: bool = False
     mean: float = 0.0
     std: float = 1.0
@@ -205,6 +207,7 @@ class ViTEncoder(nn.Module):
                 mlp_width=config.mlp_width,
                 eps=config.eps,
                 tanh_gelu=config.tanh_gelu,
+                scaled=config.channel_scales,
             )
             for _ in range(config.depth)
         )

@@ -7,7 +7,10 @@ missing ones are a learned vector, so that any number of the first codes can be 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -57,23 +60,19 @@ class ProjectedGuidance:
 
 
 @dataclass(frozen=True)
-class FlowDecoderConfig(DecoderOptions):
-    """A transformer over noisy patches and codes.
+class FlowOptions(DecoderOptions):
+    """Of any flow.
 
     Args:
         dim: width of a looked-up code.
-        tokens: the most codes of a picture.
         rows, columns: of the grid of patches.
         patch: pixels, or latents, per side of a patch.
         latent_channels: of the latents of another autoencoder, which are drawn in place of pixels; 0 for pixels.
-        width, depth, num_heads, mlp_width: of the transformer.
-        drop_rate: share of pictures that are learned without any codes, for guidance.
-        steps: evaluations of the transformer per picture.
-        guidance: of each.
+        width, depth, num_heads: of the transformer.
+        steps: evaluations of the velocity per picture.
     """
 
     dim: int = 6
-    tokens: int = 256
     rows: int = 16
     columns: int = 16
     patch: int = 2
@@ -81,14 +80,10 @@ class FlowDecoderConfig(DecoderOptions):
     width: int = 768
     depth: int = 12
     num_heads: int = 12
-    mlp_width: int = 2048
-    drop_rate: float = 0.1
     steps: int = 25
-    guidance: ProjectedGuidance = field(default_factory=ProjectedGuidance)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; a picture takes at least 1, and 25 is usual.")
+        check_steps(self.steps)
 
     @property
     def upsample(self) -> int:
@@ -108,6 +103,23 @@ class FlowDecoderConfig(DecoderOptions):
         return self.latent_channels or 3
 
 
+@dataclass(frozen=True)
+class FlowDecoderConfig(FlowOptions):
+    """A transformer over noisy patches and codes.
+
+    Args:
+        tokens: the most codes of a picture.
+        mlp_width: of the transformer.
+        drop_rate: share of pictures that are learned without any codes, for guidance.
+        guidance: of each step.
+    """
+
+    tokens: int = 256
+    mlp_width: int = 2048
+    drop_rate: float = 0.1
+    guidance: ProjectedGuidance = field(default_factory=ProjectedGuidance)
+
+
 @dataclass
 class Denoised:
     """A training step of a flow.
@@ -121,11 +133,73 @@ class Denoised:
     loss: torch.Tensor
 
 
-class FlowDecoder(nn.Module):
-    """Codes `[B, N, dim]`, N at most `tokens`, to pictures `[B, C, H, W]` by way of noise."""
+Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of a noisy picture and the share of noise, `[B]`
+
+
+def check_steps(steps: int) -> None:
+    """Raise `ValueError` where there are none."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a picture takes at least 1, and 25 is usual.")
+
+
+def drawn(velocity: Velocity, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    """What the flow makes of noise `[B, C, H, W]` in equal steps.
+
+    Raises:
+        ValueError: no steps.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler  # takes seconds to import, and few codecs draw by it
+
+    check_steps(steps)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)], device=noise.device)
+    sample = noise
+    for timestep, time in zip(scheduler.timesteps, scheduler.sigmas, strict=False):  # a last sigma ends the others
+        sample = scheduler.step(velocity(sample, time.expand(len(sample))), timestep, sample).prev_sample
+    return sample
+
+
+def denoised(velocity: Velocity, picture: torch.Tensor) -> Denoised:
+    """One training step at random times, more of them in the middle (logit-normal, 2403.03206)."""
+    noise = torch.randn_like(picture)
+    time = torch.randn(len(picture), device=picture.device).sigmoid()
+    share = time.view(-1, 1, 1, 1).to(picture.dtype)
+    noisy = torch.lerp(picture, noise, share)
+    predicted = velocity(noisy, time)
+    return Denoised(noisy - share * predicted, F.mse_loss(predicted, noise - picture))
+
+
+class Flow(nn.Module, ABC):
+    """Looked-up codes to pictures `[B, C, H, W]` by way of noise."""
+
+    def __init__(self, config: FlowOptions) -> None:
+        super().__init__()
+        self.noise_size = (config.channels, config.rows * config.patch, config.columns * config.patch)
+
+    @abstractmethod
+    def sample(self, vectors: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Pictures of codes that begin as `noise`, `[B, C, H, W]`, as the configuration says."""
+
+    @abstractmethod
+    def denoise(self, vectors: torch.Tensor, picture: torch.Tensor) -> Denoised:
+        """One training step."""
+
+    def forward(self, vectors: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Without a generator the same codes always give the same picture."""
+        if generator is None:  # one noise for all, so that a picture does not depend on those beside it
+            noise = torch.randn(1, *self.noise_size, generator=torch.Generator().manual_seed(SEED)).expand(
+                len(vectors), -1, -1, -1
+            )
+        else:
+            noise = torch.randn(len(vectors), *self.noise_size, generator=generator, device=generator.device)
+        return self.sample(vectors, noise.to(vectors))
+
+
+class FlowDecoder(Flow):
+    """Codes `[B, N, dim]`, N at most `tokens`, drawn by one transformer over them and noisy patches."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
         cells = config.rows * config.columns
         self.embed = nn.Linear(config.dim, config.width)
@@ -177,42 +251,20 @@ class FlowDecoder(nn.Module):
         Raises:
             ValueError: no steps.
         """
-        from diffusers import FlowMatchEulerDiscreteScheduler  # takes seconds to import, and few codecs draw by it
-
-        steps = self.config.steps if steps is None else steps
         guidance = self.config.guidance if guidance is None else guidance
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; a picture takes at least 1, and {self.config.steps} is this codec's.")
-        scheduler = FlowMatchEulerDiscreteScheduler()
-        sigmas = [1 - step / steps for step in range(steps)]
-        scheduler.set_timesteps(sigmas=sigmas, device=noise.device)
-        sample, earlier = noise, torch.zeros_like(noise)
-        for timestep, time in zip(scheduler.timesteps, scheduler.sigmas, strict=False):  # a last sigma ends the others
-            velocity, earlier = self._guided(sample, time.expand(len(sample)), vectors, guidance, earlier)
-            sample = scheduler.step(velocity, timestep, sample).prev_sample
-        return sample
+        earlier = torch.zeros_like(noise)
 
-    def forward(self, vectors: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """`[B, N, dim]` to `[B, C, H, W]`; without a generator the same codes always give the same picture."""
-        config = self.config
-        size = (config.channels, config.rows * config.patch, config.columns * config.patch)
-        if generator is None:  # one noise for all, so that a picture does not depend on those beside it
-            noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(SEED)).expand(
-                len(vectors), -1, -1, -1
-            )
-        else:
-            noise = torch.randn(len(vectors), *size, generator=generator, device=generator.device)
-        return self.sample(vectors, noise.to(vectors))
+        def velocity(noisy: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            nonlocal earlier
+            guided, earlier = self._guided(noisy, time, vectors, guidance, earlier)
+            return guided
+
+        return drawn(velocity, noise, self.config.steps if steps is None else steps)
 
     def denoise(self, vectors: torch.Tensor, picture: torch.Tensor) -> Denoised:
-        """One training step at random times, more of them in the middle (logit-normal, 2403.03206)."""
-        noise = torch.randn_like(picture)
-        time = torch.randn(len(picture), device=picture.device).sigmoid()
-        share = time.view(-1, 1, 1, 1).to(picture.dtype)
-        noisy = torch.lerp(picture, noise, share)
+        """One training step, some pictures without their codes."""
         drop = torch.rand(len(picture), device=picture.device) < self.config.drop_rate
-        velocity = self.velocity(noisy, time, vectors, drop)
-        return Denoised(noisy - share * velocity, F.mse_loss(velocity, noise - picture))
+        return denoised(partial(self.velocity, vectors=vectors, drop=drop), picture)
 
     def _guided(
         self,

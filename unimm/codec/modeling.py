@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from unimm.codec.cell_flow import ModulatedMLP
 from unimm.codec.configuration import VisualCodecConfig, socket_config
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
-from unimm.codec.flow import FlowDecoder
+from unimm.codec.flow import Flow
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
@@ -195,7 +196,7 @@ class VisualCodecModel(PreTrainedModel):
         with torch.no_grad():
             if self.length.ragged:
                 return self.decoder(self.resampler.restore(self.lookup(codes), grid), codes.mask)
-            if isinstance(self.decoder, FlowDecoder):
+            if isinstance(self.decoder, Flow):
                 return self.decoder(self.resampler.restore(self.lookup(codes), grid), generator)
             return self._draw(self.lookup(codes), grid, condition, self._drawn_size(codes))
 
@@ -221,7 +222,7 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: as `decode`, or a codec that decodes to features and needs a detokenizer to draw.
         """
-        if not self.decoder_options.makes_pixels and isinstance(self.decoder, FlowDecoder):
+        if not self.decoder_options.makes_pixels and isinstance(self.decoder, Flow):
             raise ValueError("This codec draws the latents of another autoencoder; give decode(codes) to its decoder.")
         if not self.decoder_options.makes_pixels:
             raise ValueError("This codec decodes to features, not to pixels; draw its codes with a detokenizer.")
@@ -258,7 +259,7 @@ class VisualCodecModel(PreTrainedModel):
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
         ids = quantized.ids[:, : arrangement.length]
-        if isinstance(self.decoder, FlowDecoder):
+        if isinstance(self.decoder, Flow):
             denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
             return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss)
         drawn = self._draw(vectors, grid, condition, (pixel_values.shape[2], pixel_values.shape[3]))
@@ -394,5 +395,5 @@ class VisualCodecModel(PreTrainedModel):
         if isinstance(module, TransformerBlock):
             init.zeros_(module.attention.out.weight)
             init.zeros_(module.mlp.down.weight)
-        if isinstance(module, ModulatedGatedBlock):
+        if isinstance(module, (ModulatedGatedBlock, ModulatedMLP)):
             init.zeros_(module.modulation.weight)

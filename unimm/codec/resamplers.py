@@ -36,6 +36,7 @@ class GridResamplerConfig:
         groups: equal parts of the channels that never meet on the way to the quantizer.
         norm: whether each position is normalised first.
         tanh_width: width of a linear map and a tanh before the rest; 0 for none.
+        gelu_width: of a linear map and a GELU there instead.
         project: whether linear maps lie on both sides of the quantizer; without them all widths must be `dim`.
         project_back: whether the one behind the quantizer is there; without it the decoder reads the codes' vectors.
     """
@@ -44,8 +45,13 @@ class GridResamplerConfig:
     groups: int = 1
     norm: bool = True
     tanh_width: int = 0
+    gelu_width: int = 0
     project: bool = True
     project_back: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tanh_width and self.gelu_width:
+            raise ValueError(f"tanh_width is {self.tanh_width} and gelu_width {self.gelu_width}; set one of them to 0.")
 
 
 class GridResampler(Resampler):
@@ -67,9 +73,9 @@ class GridResampler(Resampler):
                 "make them equal, or set project: true."
             )
         self.before: nn.Module = nn.Identity()
-        if config.tanh_width:
-            self.before = nn.Sequential(nn.Linear(encoder_width, config.tanh_width), nn.Tanh())
-            encoder_width = config.tanh_width
+        if width := config.tanh_width or config.gelu_width:
+            self.before = nn.Sequential(nn.Linear(encoder_width, width), nn.Tanh() if config.tanh_width else nn.GELU())
+            encoder_width = width
         self.norm = nn.GroupNorm(config.groups, encoder_width) if config.norm else nn.Identity()
         self.to_positions: nn.Module = nn.Identity()
         self.to_grid: nn.Module = nn.Identity()

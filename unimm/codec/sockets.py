@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from unimm.codec.branches import BranchEncoder, BranchEncoderConfig
+from unimm.codec.cell_flow import CellFlowConfig, CellFlowDecoder
 from unimm.codec.decoders import (
     ConvDecoder,
     ConvDecoderConfig,
@@ -109,5 +110,6 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "query_vit": (QueryDecoderConfig, QueryDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "flow": (FlowDecoderConfig, FlowDecoder),
+    "cell_flow": (CellFlowConfig, CellFlowDecoder),
     "none": (NoDecoderConfig, NoDecoder),
 }

@@ -160,6 +160,16 @@ class UpstreamConfig:
         """
         return _at(self.args, path, default)
 
+    def require(self, values: Mapping[str, Any]) -> None:
+        """Check arguments, by dotted path, that have one value in every published model; absent ones have it.
+
+        Raises:
+            ValueError: one has another.
+        """
+        for path, value in values.items():
+            if self.get(path, value) != value:
+                raise ValueError(f"{path} is not {value}; only models with {value} are converted.")
+
     def field(self, path: str, default: Any = REQUIRED) -> Any:
         """A value of the file itself, beside the arguments."""
         return _at(self.fields, path, default)
@@ -224,6 +234,17 @@ def kernel_of_blocks(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def change(weight: torch.Tensor) -> torch.Tensor:
         return weight.unflatten(1, (rows, rows, -1)).movedim(3, 1).contiguous()
+
+    return change
+
+
+def kernel_of_channels(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear map of blocks ordered (channel, row in block, column in block), `[out, C * rows * rows]`, as a strided
+    convolution, `[out, C, rows, rows]`.
+    """
+
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        return weight.unflatten(1, (-1, rows, rows))
 
     return change
 

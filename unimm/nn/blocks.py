@@ -92,10 +92,21 @@ class PackedGatedMLP(nn.Module):
         return self.down(F.silu(gate) * value)
 
 
+class ChannelScale(nn.Module):
+    """Every channel times a learned number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden
+
+
 class TransformerBlock(nn.Module):
     """LayerNorm, attention, residual; LayerNorm, MLP, residual. The MLP is `mlp_width` wide, by default 4 `width`.
 
-    With `gated` it is one of `PackedGatedMLP`.
+    With `gated` it is one of `PackedGatedMLP`; with `scaled` both updates are scaled by channel (2103.17239).
     """
 
     def __init__(
@@ -107,6 +118,7 @@ class TransformerBlock(nn.Module):
         eps: float = 1e-5,
         tanh_gelu: bool = False,
         gated: bool = False,
+        scaled: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=eps)
@@ -115,8 +127,10 @@ class TransformerBlock(nn.Module):
         self.mlp = (
             PackedGatedMLP(width, mlp_width or 4 * width) if gated else MLP(width, mlp_width, tanh_gelu=tanh_gelu)
         )
+        self.attention_scale: nn.Module = ChannelScale(width) if scaled else nn.Identity()
+        self.mlp_scale: nn.Module = ChannelScale(width) if scaled else nn.Identity()
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """`[B, N, D]` to the same; `mask` as in `SelfAttention`."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), mask)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        hidden = hidden + self.attention_scale(self.attention(self.attention_norm(hidden), mask))
+        return hidden + self.mlp_scale(self.mlp(self.mlp_norm(hidden)))

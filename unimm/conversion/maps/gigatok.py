@@ -135,9 +135,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
     Raises:
         ValueError: a size without a name, or a model that is built in another way than the published ones.
     """
-    for name, value in FIXED.items():
-        if upstream.get(name, value) != value:
-            raise ValueError(f"{name} is not {value}; only models with {value} are converted.")
+    upstream.require(FIXED)
     reading, drawing = _size(upstream, "encoder"), _size(upstream, "decoder")
     width, blocks = upstream.literal("conv_ch", 128), upstream.literal("num_res_blocks", 2)
     code_channels, dim = upstream.get("z_channels", 256), upstream.get("codebook_embed_dim", 8)

@@ -129,9 +129,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
     Raises:
         ValueError: a size without a name, or a model that is built in another way than the published one.
     """
-    for name, value in FIXED.items():
-        if upstream.get(f"model.vq_model.{name}", value) != value:
-            raise ValueError(f"model.vq_model.{name} is not {value}; only models with {value} are converted.")
+    upstream.require({f"model.vq_model.{name}": value for name, value in FIXED.items()})
     encoder, decoder = _size(upstream, "enc"), _size(upstream, "dec")
     side = upstream.get("dataset.preprocessing.crop_size", 256)
     tokens, dim = upstream.get("model.vq_model.num_latent_tokens"), upstream.get("model.vq_model.token_size")
