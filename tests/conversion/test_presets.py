@@ -30,24 +30,41 @@ WHOLE_SYSTEMS = {"xomni_lm", "xomni", "seed_llama_8b", "seed_llama_14b", "lavit"
 WITHOUT_PRESET = {"atoken", "dualtoken"}
 # Where no fixture is at hand, the configuration of one that is built alike.
 STAND_IN = {"meditok": "unitok", "fqgan": "fqgan_triple"}
-EVOTOK = {
-    "args": {
-        "codebook_size": 48,
-        "codebook_embed_dim": 12,
-        "vqgan_depth": 2,
-        "vqkd_depth": 5,
-        "z_channels": 16,
-        "decoder_ch_mult": [2, 1, 1],
-        "teacher": "siglip_256",
+# And where nothing is built alike.
+SMALL = {
+    "evotok": {
+        "args": {
+            "codebook_size": 48,
+            "codebook_embed_dim": 12,
+            "vqgan_depth": 2,
+            "vqkd_depth": 5,
+            "z_channels": 16,
+            "decoder_ch_mult": [2, 1, 1],
+            "teacher": "siglip_256",
+        },
+        "patched_literals": {"decoder_vqkd": {"num_heads": 4, "depth": 2}, "conv_ch": 32, "num_res_blocks": 1},
+        "teacher_vision_config": {
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 30,
+            "patch_size": 6,
+        },
     },
-    "patched_literals": {"decoder_vqkd": {"num_heads": 4, "depth": 2}, "conv_ch": 32, "num_res_blocks": 1},
-    "teacher_vision_config": {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 30,
-        "patch_size": 6,
+    "uniflow": {
+        "args": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "image_size": 32,
+            "patch_size": 8,
+            "latent_ch": 8,
+            "global_blocks_depth": 1,
+            "num_decoder_layers": 1,
+            "num_sampling_steps": "2",
+        }
     },
 }
 CODECS = [system for system in UPSTREAMS if system not in WHOLE_SYSTEMS]
@@ -111,7 +128,7 @@ def tiny():
 
     def build(system):
         folder = GOLDEN / STAND_IN.get(system, system)
-        fields = EVOTOK if system == "evotok" else json.loads((folder / "config.json").read_text())
+        fields = SMALL[system] if system in SMALL else json.loads((folder / "config.json").read_text())
         torch.manual_seed(0)
         codec = VisualCodecModel(UPSTREAMS[system].plan(UpstreamConfig(fields)).config).eval()
         for weight in codec.parameters():
