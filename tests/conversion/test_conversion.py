@@ -525,6 +525,13 @@ def test_a_gigatok_that_is_built_otherwise_is_refused(name, value):
         UPSTREAMS["gigatok"].plan(UpstreamConfig(fields))
 
 
+def test_a_gigatok_that_does_not_say_how_its_queries_begin_is_refused():
+    fields = json.loads((stored("gigatok") / "config.json").read_text())
+    del fields["args"]["multi_level_query_init"]  # upstream's default is another one
+    with pytest.raises(ValueError, match="multi_level_query_init is not True"):
+        UPSTREAMS["gigatok"].plan(UpstreamConfig(fields))
+
+
 @pytest.mark.parametrize(("name", "value"), [("is_legacy", False), ("multi_quant", False), ("vit_enc_patch_size", 8)])
 def test_a_restok_that_is_built_otherwise_is_refused(name, value):
     fields = json.loads((stored("restok") / "config.json").read_text())

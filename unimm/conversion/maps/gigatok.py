@@ -35,7 +35,6 @@ FIXED = {
     "use_rope": False,
     "rope_1d": False,
     "use_qk_norm": False,
-    "multi_level_query_init": True,
     "learnable_1d_query_init": False,
     "last_level_2d_query_init": False,
     "multi_level_2d_query_init": False,
@@ -136,6 +135,10 @@ def plan(upstream: UpstreamConfig) -> Plan:
         ValueError: a size without a name, or a model that is built in another way than the published ones.
     """
     upstream.require(FIXED)
+    if not upstream.get("multi_level_query_init", False):
+        raise ValueError(
+            "multi_level_query_init is not True; only models whose queries begin as averages are converted."
+        )
     reading, drawing = _size(upstream, "encoder"), _size(upstream, "decoder")
     width, blocks = upstream.literal("conv_ch", 128), upstream.literal("num_res_blocks", 2)
     code_channels, dim = upstream.get("z_channels", 256), upstream.get("codebook_embed_dim", 8)
