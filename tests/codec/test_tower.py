@@ -73,7 +73,7 @@ def clip(tmp_path_factory):
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_codec_begins_with_a_saved_tower_and_keeps_or_trains_it(clip, tmp_path, learns):
-    codec = VisualCodecModel.from_tower(clip, layer=2, learns=learns, **SOCKETS)
+    codec = VisualCodecModel.from_tower(clip, encoder={"layer": 2, "learns": learns}, **SOCKETS)
     saved = CLIPModel.from_pretrained(clip).vision_model.state_dict()
     kept = {name.removeprefix("vision_model."): weight for name, weight in codec.encoder.tower.state_dict().items()}
     assert all(weight.equal(saved[name]) for name, weight in kept.items())
@@ -95,9 +95,17 @@ def test_a_recipe_names_a_tower(clip):
     codec = begun_codec({"encoder": {"kind": "tower", "tower": str(clip), "layer": 1}, **SOCKETS})
     assert codec.encoder.config.layer == 1
     assert codec.config.image_size == 32
+    assert str(clip) not in codec.config.to_json_string()
+    with pytest.raises(ValueError, match="unknown key 'layr'"):
+        begun_codec({"encoder": {"kind": "tower", "tower": str(clip), "layr": 1}, **SOCKETS})
+    own = begun_codec({"encoder": {"kind": "tower", "tower": str(clip)}, "image_size": 32, **SOCKETS})
+    assert own.encoder.config.layer == 0
 
 
-def test_models_of_another_form_are_refused():
+def test_models_of_another_form_are_refused(tmp_path):
+    Siglip2VisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="take a vision transformer over square patches"):
+        VisualCodecModel.from_tower(tmp_path)
     for config in (Siglip2VisionConfig(), Qwen2VLConfig()):
         with pytest.raises(ValueError, match="take a vision transformer over square patches"):
             TowerEncoderConfig(config.to_dict())

@@ -91,20 +91,19 @@ class VisualCodecModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_tower(
-        cls, tower: str | Path, *, layer: int = 0, learns: bool = False, **sockets: dict[str, Any]
-    ) -> VisualCodecModel:
+    def from_tower(cls, tower: str | Path, **fields: Any) -> VisualCodecModel:
         """A codec around a saved vision model, the other sockets with fresh weights.
 
         Args:
             tower: folder or Hub name of a model as of `TowerEncoderConfig`, with its image processor.
-            layer, learns: as there.
-            sockets: `resampler`, `quantizer`, `length` and `decoder` of the configuration.
+            fields: of the configuration; `encoder` may hold `layer` and `learns`.
 
         Raises:
-            ValueError: another kind of model, or sockets that do not fit it.
+            ValueError: another kind of model, or fields that do not fit it.
         """
-        codec = cls(VisualCodecConfig(**tower_fields(tower, layer=layer, learns=learns), **sockets))
+        around = tower_fields(tower)
+        encoder = fields.get("encoder", {}) | around["encoder"]
+        codec = cls(VisualCodecConfig(**around | fields | {"encoder": encoder}))
         assert isinstance(codec.encoder, TowerEncoder)
         codec.encoder.load(tower)
         return codec

@@ -25,7 +25,7 @@ class TowerEncoderConfig(EncoderOptions):
     """A vision model that reads squares of pixels: SigLIP, CLIP, DINOv2, DINOv3, ViT and others of their form.
 
     Args:
-        tower: its configuration in transformers, `model_type` and fields; of a model of pictures and texts, the whole.
+        tower: its configuration in transformers, `model_type` and fields.
         layer: whose hidden states are read, counted from 1; later layers are not built. 0 reads what the tower gives,
             behind its last norm.
         learns: whether its weights are trained.
@@ -49,14 +49,13 @@ class TowerEncoderConfig(EncoderOptions):
 
     @cached_property
     def tower_config(self) -> PreTrainedConfig:
-        """Of the part that sees."""
+        """As transformers builds it."""
         from transformers import CONFIG_MAPPING
 
         model_type = self.tower.get("model_type")
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"tower.model_type is {model_type!r}; transformers knows no such model.")
-        config = CONFIG_MAPPING[model_type](**without_stages(self.tower))
-        return getattr(config, "vision_config", config)
+        return CONFIG_MAPPING[model_type](**without_stages(self.tower))
 
     @property
     def downsample(self) -> int:
@@ -128,22 +127,24 @@ def _unfilled(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-def tower_fields(name: str | Path, *, layer: int = 0, learns: bool = False) -> dict[str, Any]:
+def tower_fields(name: str | Path) -> dict[str, Any]:
     """Fields of a codec's configuration around a saved vision model: encoder, side and normalisation of its pictures.
 
     Args:
-        name: folder or Hub name.
-        layer, learns: as of `TowerEncoderConfig`.
+        name: folder or Hub name; of a model of pictures and texts, the part that sees is taken.
+
+    Raises:
+        ValueError: a model of another form.
     """
     from transformers import AutoConfig, AutoImageProcessor
 
-    tower = AutoConfig.from_pretrained(name).to_dict()
-    encoder = {"kind": "tower", "tower": tower, "layer": layer, "learns": learns}
-    seen = TowerEncoderConfig(tower, layer, learns).tower_config
+    whole = AutoConfig.from_pretrained(name)
+    tower = getattr(whole, "vision_config", whole).to_dict()
+    tower.pop("_name_or_path", None)  # where it lay is nobody's business
     processor = AutoImageProcessor.from_pretrained(name)
     return {
-        "image_size": seen.image_size,
+        "image_size": TowerEncoderConfig(tower).tower_config.image_size,
         "pixel_mean": list(processor.image_mean),
         "pixel_std": list(processor.image_std),
-        "encoder": encoder,
+        "encoder": {"kind": "tower", "tower": tower},
     }

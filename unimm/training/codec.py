@@ -146,11 +146,10 @@ class CodecTask:
 
 def begun_codec(fields: dict[str, Any]) -> VisualCodecModel:
     """A codec with fresh weights; where `encoder.tower` is a folder or Hub name, around that model."""
-    encoder = fields.get("encoder", {})
-    if not isinstance(encoder.get("tower"), str):
-        return VisualCodecModel(VisualCodecConfig(**fields))
-    options = {name: value for name, value in encoder.items() if name != "kind"}
-    return VisualCodecModel.from_tower(**options, **{name: fields[name] for name in fields if name != "encoder"})
+    tower = fields.get("encoder", {}).get("tower")
+    if isinstance(tower, str):
+        return VisualCodecModel.from_tower(tower, **fields)
+    return VisualCodecModel(VisualCodecConfig(**fields))
 
 
 def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
