@@ -51,10 +51,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`[..., I]` to `[..., O]`."""
-        rows = inputs if inputs.ndim == 2 else inputs.flatten(0, -2)
-        outputs = _scaled_product(rows, self.weight, self.scale)
-        outputs = outputs if self.bias is None else outputs + self.bias
-        return outputs if inputs.ndim == 2 else outputs.view(*inputs.shape[:-1], -1)
+        outputs = _scaled_product(inputs.flatten(0, -2), self.weight, self.scale)
+        return (outputs if self.bias is None else outputs + self.bias).view(*inputs.shape[:-1], -1)
 
     def some(self, rows: torch.Tensor, outputs: slice | torch.Tensor) -> torch.Tensor:
         """Some outputs `[R, S]` of inputs `[R, I]`, without the bias."""
