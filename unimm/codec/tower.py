@@ -141,9 +141,10 @@ def tower_fields(name: str | Path) -> dict[str, Any]:
     whole = AutoConfig.from_pretrained(name)
     tower = getattr(whole, "vision_config", whole).to_dict()
     tower.pop("_name_or_path", None)  # where it lay is nobody's business
+    side = TowerEncoderConfig(tower).tower_config.image_size
     processor = AutoImageProcessor.from_pretrained(name)
     return {
-        "image_size": TowerEncoderConfig(tower).tower_config.image_size,
+        "image_size": side,
         "pixel_mean": list(processor.image_mean),
         "pixel_std": list(processor.image_std),
         "encoder": {"kind": "tower", "tower": tower},
