@@ -44,6 +44,7 @@ PYRAMID = {"channels": [32, 32, 32, 32, 32], "blocks": 1, "attention_levels": [4
 VITAMIN = {"stages": [8, 16], "blocks": [1, 2], "width": 16, "depth": 1, "num_heads": 2}
 JOINT = {"patch": 16, "tower_width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24, "table_side": 3, "dim": 16}
 FRAME = {"patch": 16, "width": 16, "num_heads": 2, "head_width": 8, "mlp_width": 24, "windows": [0, 2], "moments": 1}
+CELLS = {"width": 16, "depth": 1, "num_heads": 2}
 SEQUENCE = {"tokens": 4, "rows": 2, "columns": 2}
 TRUNK = {"tokens": 4, "depth": 2, "num_heads": 2, "mlp_width": 24, "axes": [2, 2, 4], "turns": [0]}
 TINY = {
@@ -97,6 +98,13 @@ TINY = {
             },
             "layer": 1,
             "learns": True,
+        },
+        "streams": {
+            "kind": "streams",
+            "dim": 4,
+            "tower": {"width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24, "out_width": 12},
+            "meaning": CELLS,
+            "pyramid": {**PYRAMID, "stem_channels": 32, "folded": True},
         },
         "closing_vit": {
             "kind": "closing_vit",
@@ -213,6 +221,13 @@ TINY = {
             "num_heads": 2,
             "flow_depth": 1,
         },
+        "streams": {
+            "kind": "streams",
+            "dim": 4,
+            "pixels": {**PYRAMID, "upsampling": "unfold", "norm_channels": 8},
+            "meaning": CELLS,
+            "feature_width": 12,
+        },
         "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
@@ -229,12 +244,18 @@ TINY = {
             "first": {"size": 12, "dim": 4, "depth": 2, "project": False},
             "second": {"size": 9, "dim": 12, "depth": 3, "shared": True, "project": False, "normalize": False},
         },
+        "streams": {
+            "kind": "streams",
+            "first": {"size": 12, "dim": 4, "project": False, "normalize": False, "map_rows": True, "map_bias": False},
+            "second": {"size": 7, "dim": 4, "project": False},
+        },
         "scales": {"kind": "scales", "sides": [1, 2], "size": 12, "dim": 16, "parts": [12, 4], "project": False},
     },
     "resampler": {
         "grid": {"kind": "grid", "dim": 16},
         "attention": {"kind": "attention", "dim": 8, "num_heads": 2, "causal": True},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
+        "streams": {"kind": "grid", "dim": 5, "norm": False, "project": False},
         "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "merging": {
             "kind": "merging",
@@ -266,6 +287,7 @@ TINY = {
         "any_sequence": {"kind": "any_sequence", "tokens": 4, "step": 2, "max_side": 4},
         "kept": {"kind": "kept", "rows": 2, "columns": 2},
         "levels": {"kind": "levels", "sides": [1, 2]},
+        "streams": {"kind": "streams", "max_side": 3},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
     },
 }
@@ -280,6 +302,7 @@ CLOSED = {"encoder": "closing_vit", "decoder": "unfolding", "length": "closed"}
 ROTARY = {"resampler": "rotary_latents", "decoder": "rotary_mask", "length": "any_sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
 SCALES = {"quantizer": "scales", "length": "levels"}
+STREAMS = dict.fromkeys(SOCKETS, "streams")
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
 COMPANIONS |= {"flow": FLOW, "merging": LEVELS, "level_vit": LEVELS}
@@ -288,6 +311,7 @@ COMPANIONS |= dict.fromkeys(CLOSED.values(), CLOSED)
 COMPANIONS |= dict.fromkeys(ROTARY.values(), ROTARY)
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
+COMPANIONS |= {"streams": STREAMS}
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 
 
@@ -372,8 +396,8 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
     images = pixels()
     codes = codec.encode(images)
     longest = int(codes.lengths.max()) if codec.length.ragged else codec.length.max_length
-    if kind in ("resolution", "pooled"):
-        longest = 4
+    if kind in ("resolution", "pooled", "streams"):
+        longest = {"streams": 1 + 4}.get(kind, 4)
     assert codes.ids.shape == (3, longest, len(codec.quantizer.sizes))
     codes.validate(codec.spec_without_fingerprint)
     if kind == "none":

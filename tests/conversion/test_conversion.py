@@ -97,6 +97,7 @@ SLOTS = {
     "evotok": lambda expected: expected["codes"].flatten(1, 2),
     "dualtoken": lambda expected: torch.cat([expected["codes_pix"], expected["codes_sem"]], dim=-1).flatten(1, 2),
     "atoken": lambda expected: expected["codes"],
+    "dualvitok": lambda expected: streams(expected)[..., None],
     "instella_bae": lambda expected: expected["bits"],
     "fqgan": lambda expected: branches(expected, "sem", "vis"),
     "fqgan_triple": lambda expected: branches(expected, "vis", "sem_mid", "sem_high"),
@@ -105,6 +106,12 @@ SLOTS = {
 
 def branches(expected, *names):
     return torch.stack([expected[f"codes_{name}"].flatten(1) for name in names], dim=-1)
+
+
+def streams(expected):
+    """DualViTok's two grids in one row, the second of them behind the first and in an alphabet of its own."""
+    first = json.loads((stored("dualvitok") / "config.json").read_text())["args"]["semantic_quantizer"]["codebook_size"]
+    return torch.cat([expected["codes_sem"].flatten(1), expected["codes_pix"].flatten(1) + first], dim=1)
 
 
 def as_ids(codes):
@@ -154,6 +161,20 @@ def test_features_beside_pixels_equal_the_reference(system, converted):
     codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
     features = codec.features(codec.encode(expected["pixel_values"]))
     torch.testing.assert_close(features, expected["semantic_features"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("system", these("dualvitok"))
+@torch.no_grad()
+def test_both_streams_of_dualvitok_equal_the_reference(system, converted):
+    codec, expected = AutoModel.from_pretrained(converted(system)).eval(), reference(system)
+    codes = codec.encode(expected["pixel_values"])
+    by_cell = {
+        name: expected[name].flatten(2).mT for name in ("z_q_sem", "z_q_pix", "semantic_target", "semantic_decoded")
+    }
+    close = partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+    close(codec.lookup(codes)[..., 1:], torch.cat([by_cell["z_q_sem"], by_cell["z_q_pix"]], dim=1))
+    close(codec.encoder.tower(expected["pixel_values"], expected["codes_sem"].shape[1:]), by_cell["semantic_target"])
+    close(codec.features(codes), by_cell["semantic_decoded"])
 
 
 @pytest.mark.parametrize("system", these("evotok"))

@@ -15,6 +15,7 @@ from unimm.conversion.upstream import UpstreamConfig
 
 TOLERANCE = 0.005  # of the stated number of weights, which is rounded to 1 or 100 millions
 POSITIONS = {  # of a picture at the released size, and their codebooks, as the papers state them
+    "dualvitok": (4096 + 36 * 36, (32768 + 98304,)),
     "gigatok_xl_xxl": (256, (16384,)),
     "instella_t2i": (128, (2,) * 64),
     "one_d_piece_l256": (256, (4096,)),
@@ -32,6 +33,17 @@ WITHOUT_PRESET = {"atoken", "dualtoken"}
 STAND_IN = {"meditok": "unitok", "fqgan": "fqgan_triple"}
 # And where nothing is built alike.
 SMALL = {
+    "dualvitok": {
+        "args": {
+            "semantic_encoder": {"num_blocks": 1, "embed_dim": 64},
+            "semantic_quantizer": {"codebook_size": 40, "dim": 8},
+            "semantic_decoder": {"num_blocks": 1, "embed_dim": 64, "output_channels": 48},
+            "pixel_encoder": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 8},
+            "pixel_quantizer": {"codebook_size": 60, "dim": 8},
+            "pixel_decoder": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 16, "embed_dim": 16},
+        },
+        "semantic_tower_config": {"depth": 1, "embed_dim": 32, "num_heads": 4, "hidden_size": 48, "mlp_ratio": 2},
+    },
     "evotok": {
         "args": {
             "codebook_size": 48,
@@ -142,7 +154,7 @@ def tiny():
 def inputs(codec, batch=2):
     """What the codec reads; four cells a side where it takes any size."""
     side, generator = codec.config.image_size, torch.Generator().manual_seed(1)
-    if codec.config.length["kind"] in ("resolution", "any_sequence"):
+    if codec.config.length["kind"] in ("resolution", "any_sequence", "streams"):
         side = 4 * codec.config.downsample
     if not codec.config.reads_pixels:
         return torch.randn(batch, codec.config.encoder["latent_channels"], side, side, generator=generator)
@@ -184,7 +196,8 @@ def test_every_system_encodes_decodes_and_reloads_at_every_length(system, tiny, 
     codec.save_pretrained(tmp_path)
     again = VisualCodecModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert again.encode(given).ids.equal(codes.ids)
-    assert again.decode(codes, condition=condition).equal(drawn)
+    # Products may round otherwise where weights lie elsewhere in memory; weights in bfloat16 would be off by 1e-3.
+    torch.testing.assert_close(again.decode(codes, condition=condition), drawn, atol=1e-5, rtol=0)
     for length in lengths(codec):
         short = codec.encode(given, num_tokens=length)
         assert short.ids.shape[1] == length

@@ -298,6 +298,65 @@ class KeptLength(LengthPolicy):
         return Arrangement(1, self.max_length)
 
 
+# Picture sizes that the coarse stream is not read at the nearest smaller one of, and what it is read at (2504.01934).
+COARSE_SIZES = {
+    (512, 384): (448, 336),
+    (768, 384): (728, 364),
+    (384, 576): (336, 504),
+    (960, 320): (924, 308),
+}
+COARSE_SIZES |= {size[::-1]: read[::-1] for size, read in COARSE_SIZES.items()}
+
+
+def coarse_grid(height: int, width: int, cell: int) -> tuple[int, int]:
+    """(rows, columns) of cells of `cell` pixels a side, at least one, that a picture is stretched to."""
+    height, width = COARSE_SIZES.get((height, width), (height, width))
+    return max(1, height // cell), max(1, width // cell)
+
+
+@dataclass(frozen=True)
+class StreamsLength(LengthPolicy):
+    """A picture of any size becomes two grids, one behind the other (DualViTok, 2504.01934).
+
+    Args:
+        cell, coarse_cell: pixels per side of a cell of the second and of the first.
+        max_side: the most rows or columns of the second.
+    """
+
+    cell: int = 16
+    coarse_cell: int = 28
+    max_side: int = 64
+
+    def grids(self) -> list[tuple[int, int]]:
+        sides = range(1, self.max_side + 1)
+        return [(rows, columns) for rows in sides for columns in sides]
+
+    def takes(self, grid: tuple[int, int]) -> bool:
+        return all(1 <= side <= self.max_side for side in grid)
+
+    @property
+    def layout(self) -> str:
+        return "streams"
+
+    @property
+    def max_length(self) -> int:
+        return self._length(self.max_side, self.max_side)
+
+    @property
+    def min_length(self) -> int:
+        return self._length(1, 1)
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        length = self._length(*grid)
+        if num_tokens not in (None, length):
+            raise ValueError(f"num_tokens is {num_tokens}; this codec always makes {length} of such a picture.")
+        return Arrangement(1, length)
+
+    def _length(self, rows: int, columns: int) -> int:
+        coarse_rows, coarse_columns = coarse_grid(rows * self.cell, columns * self.cell, self.coarse_cell)
+        return coarse_rows * coarse_columns + rows * columns
+
+
 LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {
     "fixed": FixedLength,
     "resolution": ResolutionLength,
@@ -306,4 +365,5 @@ LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {
     "pooled": PooledLength,
     "levels": LevelsLength,
     "kept": KeptLength,
+    "streams": StreamsLength,
 }

@@ -24,6 +24,7 @@ from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
 from unimm.codec.selection import SelectResampler, padded
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
+from unimm.codec.streams import StreamsDecoder
 from unimm.codec.tower import TowerEncoder, tower_fields
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
@@ -209,11 +210,11 @@ class VisualCodecModel(PreTrainedModel):
             raise ValueError(
                 "This codec rebuilds pixels and no features; lookup(codes) gives the vectors of its codes."
             )
-        if not isinstance(self.decoder, TwoSidedDecoder):
+        if not self.decoder_options.makes_pixels:
             return self.decode(codes)
         grid = self._check_codes(codes)
         with torch.no_grad():
-            return self.decoder.features(self.resampler.restore(self.lookup(codes), grid))
+            return self._features(self.lookup(codes), grid, self._drawn_size(codes))
 
     def pictures(self, codes: VisualCodes, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """What to show: pictures `[B, 3, H, W]` in [-1, 1], whatever the codec's own range of pixels.
@@ -261,10 +262,10 @@ class VisualCodecModel(PreTrainedModel):
         if isinstance(self.decoder, Flow):
             denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
             return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss)
-        drawn = self._draw(vectors, grid, condition, (pixel_values.shape[2], pixel_values.shape[3]))
-        output = CodecOutput(drawn, ids, quantized.loss)
-        if isinstance(self.decoder, TwoSidedDecoder) and self.decoder_options.makes_features:
-            output.features = self.decoder.features(self.resampler.restore(vectors, grid))
+        size = (pixel_values.shape[2], pixel_values.shape[3])
+        output = CodecOutput(self._draw(vectors, grid, condition, size), ids, quantized.loss)
+        if self.decoder_options.makes_features and self.decoder_options.makes_pixels:
+            output.features = self._features(vectors, grid, size)
         return output
 
     @property
@@ -334,6 +335,13 @@ class VisualCodecModel(PreTrainedModel):
         if self.decoder_options.draws_any_size:
             return self.decoder(restored, size)
         return self.decoder(restored) if condition is None else self.decoder(restored, condition.to(restored.dtype))
+
+    def _features(self, vectors: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+        restored = self.resampler.restore(vectors, grid)
+        if isinstance(self.decoder, StreamsDecoder):
+            return self.decoder.features(restored, size)
+        assert isinstance(self.decoder, TwoSidedDecoder)
+        return self.decoder.features(restored)
 
     def _check_codes(self, codes: VisualCodes) -> tuple[int, int]:
         if self.length.layout != "grid":

@@ -16,9 +16,20 @@ from torch import nn
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.encoders import EncoderOptions
 from unimm.nn.conv import ChannelsToSpace
-from unimm.nn.pyramid import EPS, GROUPS, AdaptiveNorm, Double, GridAttention, Halve, PyramidBlock
+from unimm.nn.pyramid import (
+    EPS,
+    GROUPS,
+    AdaptiveNorm,
+    Double,
+    Fold,
+    GridAttention,
+    Halve,
+    PyramidBlock,
+    Unfold,
+    grid_norm,
+)
 
-UPSAMPLING = ("nearest", "shuffle")
+UPSAMPLING = ("nearest", "shuffle", "unfold")
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class PyramidConfig:
         bias: whether the convolutions of the blocks have one.
         code_channels: channels on the side of the codes.
         shortcut: what the 1x1 shortcuts read; see `PyramidBlock`.
+        norm_channels: of a second input, by which every norm is scaled and shifted position by position; 0 for none.
     """
 
     channels: tuple[int, ...] = (128, 128, 256, 256, 512)
@@ -44,6 +56,7 @@ class PyramidConfig:
     bias: bool = True
     code_channels: int = 256
     shortcut: str = "input"
+    norm_channels: int = 0
 
     def __post_init__(self) -> None:
         if not self.channels or any(width < 1 or width % GROUPS for width in self.channels):
@@ -65,6 +78,7 @@ class PyramidEncoderConfig(PyramidConfig, EncoderOptions):
         stem_channels: width of the first convolution.
         centred: whether halving pads all round rather than right and below.
         averaged: whether halving takes the mean of 2 x 2 positions, without a convolution.
+        folded: whether it adds that mean to a convolution, and means of channels are added to the last one.
         out_kernel: side of the last convolution.
         mean, std: of each channel of the pixels, by which they are normalised; none for as they are.
     """
@@ -72,6 +86,7 @@ class PyramidEncoderConfig(PyramidConfig, EncoderOptions):
     stem_channels: int = 128
     centred: bool = False
     averaged: bool = False
+    folded: bool = False
     out_kernel: int = 3
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -80,6 +95,11 @@ class PyramidEncoderConfig(PyramidConfig, EncoderOptions):
         super().__post_init__()
         if self.averaged and self.centred:
             raise ValueError("averaged and centred are both true, and means pad nothing; set one of them.")
+        if self.folded and (self.averaged or self.centred or self.channels[-1] % self.code_channels):
+            raise ValueError(
+                f"folded is true; it goes with neither averaged nor centred, and code_channels {self.code_channels} "
+                f"must divide the last of channels {self.channels}."
+            )
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, 3) or any(spread <= 0 for spread in self.std):
             raise ValueError(
                 f"mean is {self.mean} and std {self.std}; name three of each, the second above 0, or none."
@@ -98,33 +118,42 @@ class PyramidLevel(nn.Module):
     """Residual blocks of one size, each followed by attention where asked."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, *, attention: bool, bias: bool, shortcut: str
+        self, in_channels: int, out_channels: int, blocks: int, *, attention: bool, config: PyramidConfig
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            PyramidBlock(out_channels if index else in_channels, out_channels, bias=bias, shortcut=shortcut)
-            for index in range(blocks)
+            pyramid_block(out_channels if index else in_channels, out_channels, config) for index in range(blocks)
         )
-        self.attention = nn.ModuleList(GridAttention(out_channels) for _ in range(blocks if attention else 0))
+        self.attention = nn.ModuleList(
+            GridAttention(out_channels, config.norm_channels) for _ in range(blocks if attention else 0)
+        )
         self.resize: nn.Module = nn.Identity()
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *condition: torch.Tensor) -> torch.Tensor:
         for index, block in enumerate(self.blocks):
-            hidden = block(hidden)
+            hidden = block(hidden, *condition)
             if len(self.attention):
-                hidden = self.attention[index](hidden)
+                hidden = self.attention[index](hidden, *condition)
         return self.resize(hidden)
 
 
-def middle(config: PyramidConfig) -> nn.Sequential:
+def pyramid_block(in_channels: int, out_channels: int, config: PyramidConfig) -> PyramidBlock:
+    return PyramidBlock(
+        in_channels,
+        out_channels,
+        bias=config.bias,
+        shortcut=config.shortcut,
+        norm_channels=config.norm_channels,
+    )
+
+
+def middle(config: PyramidConfig) -> nn.ModuleList:
     """The blocks on the coarsest grid."""
     width = config.channels[-1]
-    layers: list[nn.Module] = [
-        PyramidBlock(width, width, bias=config.bias, shortcut=config.shortcut) for _ in range(config.middle_blocks)
-    ]
+    layers: list[nn.Module] = [pyramid_block(width, width, config) for _ in range(config.middle_blocks)]
     if config.middle_attention:
-        layers.insert(1, GridAttention(width))
-    return nn.Sequential(*layers)
+        layers.insert(1, GridAttention(width, config.norm_channels))
+    return nn.ModuleList(layers)
 
 
 class PyramidTrunk(nn.Module):
@@ -138,11 +167,10 @@ class PyramidTrunk(nn.Module):
         width = config.stem_channels
         for level, channels in enumerate(config.channels):
             attention = level in config.attention_levels
-            stage = PyramidLevel(
-                width, channels, config.blocks, attention=attention, bias=config.bias, shortcut=config.shortcut
-            )
+            stage = PyramidLevel(width, channels, config.blocks, attention=attention, config=config)
             if level + 1 < len(config.channels):
-                stage.resize = nn.AvgPool2d(2) if config.averaged else Halve(channels, centred=config.centred)
+                stage.resize = Fold(channels) if config.folded else Halve(channels, centred=config.centred)
+                stage.resize = nn.AvgPool2d(2) if config.averaged else stage.resize
             self.levels.append(stage)
             width = channels
         self.middle = middle(config)
@@ -154,7 +182,9 @@ class PyramidTrunk(nn.Module):
         hidden = self.stem(pixel_values)
         for level in self.levels:
             hidden = level(hidden)
-        return self.middle(hidden)
+        for layer in self.middle:
+            hidden = layer(hidden)
+        return hidden
 
 
 class PyramidEncoder(PyramidTrunk):
@@ -165,9 +195,13 @@ class PyramidEncoder(PyramidTrunk):
         width = config.channels[-1]
         self.norm = nn.GroupNorm(GROUPS, width, eps=EPS)
         self.out = nn.Conv2d(width, config.code_channels, config.out_kernel, padding=config.out_kernel // 2)
+        self.mean_width = width // config.code_channels if config.folded else 0
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.out(F.silu(self.norm(super().forward(pixel_values))))
+        hidden = F.silu(self.norm(super().forward(pixel_values)))
+        if self.mean_width:
+            return self.out(hidden) + hidden.unflatten(1, (-1, self.mean_width)).mean(dim=2)
+        return self.out(hidden)
 
 
 @dataclass(frozen=True)
@@ -175,7 +209,8 @@ class PyramidDecoderConfig(PyramidConfig, DecoderOptions):
     """The decoder; `channels` are fine to coarse here too.
 
     Args:
-        upsampling: `nearest` and a convolution, or a convolution and a `shuffle` of its channels into space.
+        upsampling: `nearest` and a convolution, a convolution and a `shuffle` of its channels into space, or an
+            `unfold` of both beside each other, and of channels beside the first convolution.
         adaptive: whether every level begins with a norm conditioned on the decoder's input.
     """
 
@@ -187,6 +222,10 @@ class PyramidDecoderConfig(PyramidConfig, DecoderOptions):
         super().__post_init__()
         if self.upsampling not in UPSAMPLING:
             raise ValueError(f"upsampling is {self.upsampling!r}; it must be one of {', '.join(UPSAMPLING)}.")
+        if self.upsampling == "unfold" and self.channels[-1] % self.code_channels:
+            raise ValueError(
+                f"code_channels is {self.code_channels}; under 'unfold' it must divide the last of {self.channels}."
+            )
 
     @property
     def upsample(self) -> int:
@@ -208,26 +247,32 @@ class PyramidDecoder(nn.Module):
         self.levels, self.adaptive = nn.ModuleList(), nn.ModuleList()  # coarse to fine
         for level in reversed(range(len(config.channels))):
             channels = config.channels[level]
-            stage = PyramidLevel(
-                width,
-                channels,
-                config.blocks,
-                attention=level in config.attention_levels,
-                bias=config.bias,
-                shortcut=config.shortcut,
-            )
+            attention = level in config.attention_levels
+            stage = PyramidLevel(width, channels, config.blocks, attention=attention, config=config)
             if level:
-                shuffled = config.upsampling == "shuffle"
-                stage.resize = ChannelsToSpace(channels, channels, 2) if shuffled else Double(channels)
+                stage.resize = doubling(config.upsampling, channels)
             self.adaptive.append(AdaptiveNorm(width, config.code_channels) if config.adaptive else nn.Identity())
             self.levels.append(stage)
             width = channels
         self.is_adaptive = config.adaptive
-        self.norm = nn.GroupNorm(GROUPS, width, eps=EPS)
+        self.repeats = config.channels[-1] // config.code_channels if config.upsampling == "unfold" else 0
+        self.norm = grid_norm(width, config.norm_channels)
         self.out = nn.Conv2d(width, 3, 3, padding=1)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = self.middle(self.stem(features))
+    def forward(self, features: torch.Tensor, *condition: torch.Tensor) -> torch.Tensor:
+        """`condition` is the second input `[B, norm_channels, rows, columns]`, where the norms read one."""
+        hidden = self.stem(features)
+        if self.repeats:
+            hidden = hidden + features.repeat_interleave(self.repeats, dim=1)
+        for layer in self.middle:
+            hidden = layer(hidden, *condition)
         for adapt, level in zip(self.adaptive, self.levels, strict=True):
-            hidden = level(adapt(hidden, features) if self.is_adaptive else hidden)
-        return self.out(F.silu(self.norm(hidden)))
+            hidden = level(adapt(hidden, features) if self.is_adaptive else hidden, *condition)
+        return self.out(F.silu(self.norm(hidden, *condition)))
+
+
+def doubling(upsampling: str, channels: int) -> nn.Module:
+    """What doubles the sides of a grid, one of `UPSAMPLING`."""
+    if upsampling == "shuffle":
+        return ChannelsToSpace(channels, channels, 2)
+    return Unfold(channels) if upsampling == "unfold" else Double(channels)

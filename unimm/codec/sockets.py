@@ -59,6 +59,7 @@ from unimm.codec.rotary_latents import (
     RotaryMaskDecoder,
 )
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
+from unimm.codec.streams import StreamsDecoder, StreamsDecoderConfig, StreamsEncoder, StreamsEncoderConfig
 from unimm.codec.taps import TapEncoder, TapEncoderConfig
 from unimm.codec.tower import TowerEncoder, TowerEncoderConfig
 from unimm.codec.unfolding import ClosingViT, ClosingViTConfig, UnfoldingDecoder, UnfoldingDecoderConfig
@@ -79,6 +80,7 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "tower": (TowerEncoderConfig, TowerEncoder),
     "taps": (TapEncoderConfig, TapEncoder),
     "closing_vit": (ClosingViTConfig, ClosingViT),
+    "streams": (StreamsEncoderConfig, StreamsEncoder),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "grid": (GridResamplerConfig, GridResampler),
@@ -111,5 +113,6 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "flow": (FlowDecoderConfig, FlowDecoder),
     "cell_flow": (CellFlowConfig, CellFlowDecoder),
+    "streams": (StreamsDecoderConfig, StreamsDecoder),
     "none": (NoDecoderConfig, NoDecoder),
 }

@@ -6,6 +6,7 @@ from unimm.config import did_you_mean
 from unimm.conversion.maps import (
     atoken,
     dualtoken,
+    dualvitok,
     evotok,
     flextok,
     fqgan,
@@ -59,6 +60,7 @@ UPSTREAMS: dict[str, Upstream] = {
         mingtok.TOKENIZER,
         evotok.TOKENIZER,
         dualtoken.TOKENIZER,
+        dualvitok.TOKENIZER,
         tokenflow.TOKENIZER,
         uniflow.TOKENIZER,
         unitok.UNITOK,

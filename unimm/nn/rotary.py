@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import QuickGELUActivation
 
 from unimm.nn.blocks import check_heads
 from unimm.nn.gated import GatedMLP
@@ -58,6 +59,43 @@ def rotate_pairs(vectors: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     first, second = vectors.unflatten(-1, (-1, 2)).unbind(dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+
+
+class TurnedAttention(nn.Module):
+    """Multi-head self-attention with biases whose queries and keys are turned as they are.
+
+    Raises:
+        ValueError: `width` is not a multiple of `num_heads`.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        check_heads(width, num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """`[B, N, D]` to the same, under angles `[N, D / heads]`."""
+        query, key, value = self.qkv(hidden).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = rotate_halves(query, angles), rotate_halves(key, angles)
+        return self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class TurnedBlock(nn.Module):
+    """LayerNorm, attention, residual; LayerNorm, MLP with a quick GELU, residual (Qwen2-VL, 2409.12191)."""
+
+    def __init__(self, width: int, num_heads: int, *, mlp_width: int | None = None) -> None:
+        super().__init__()
+        mlp_width = mlp_width or 4 * width
+        self.attention_norm = nn.LayerNorm(width, eps=EPS)
+        self.attention = TurnedAttention(width, num_heads)
+        self.mlp_norm = nn.LayerNorm(width, eps=EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), QuickGELUActivation(), nn.Linear(mlp_width, width))
+
+    def forward(self, hidden: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.attention(self.attention_norm(hidden), angles)
+        return hidden + self.mlp(self.mlp_norm(hidden))
 
 
 class RotaryAttention(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
+from unimm.codec.streams import StreamsDecoder
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.scorers.reconstruction import psnr
 from unimm.training.loop import Critic, LoggingConfig, LoopConfig, run_loop
@@ -174,7 +175,7 @@ def resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 def last_weight(decoder: nn.Module) -> torch.Tensor:
     """Of the layer that draws the pixels."""
-    drawing = decoder.pixels if isinstance(decoder, TwoSidedDecoder) else decoder
+    drawing = decoder.pixels if isinstance(decoder, (TwoSidedDecoder, StreamsDecoder)) else decoder
     return [weight for weight in drawing.parameters() if weight.ndim > 1][-1]
 
 

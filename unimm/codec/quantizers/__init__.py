@@ -9,6 +9,7 @@ from unimm.codec.quantizers.residual import ResidualVQ, ResidualVQConfig, TwinRV
 from unimm.codec.quantizers.scalar import FSQ, FSQConfig
 from unimm.codec.quantizers.scales import ScaleVQ, ScaleVQConfig
 from unimm.codec.quantizers.sign import SignConfig, SignQuantizer
+from unimm.codec.quantizers.streams import StreamsVQ, StreamsVQConfig
 from unimm.codec.quantizers.vector import VQ, VQConfig
 
 QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
@@ -21,6 +22,7 @@ QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
     "sign": (SignConfig, SignQuantizer),
     "bits": (BitsConfig, BitQuantizer),
     "continuous": (ContinuousConfig, Continuous),
+    "streams": (StreamsVQConfig, StreamsVQ),
 }
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "ScaleVQConfig",
     "SignConfig",
     "SignQuantizer",
+    "StreamsVQ",
+    "StreamsVQConfig",
     "TwinRVQ",
     "TwinRVQConfig",
     "VQConfig",

@@ -34,6 +34,7 @@ class VQConfig:
         raw_lookup: codes stand for the stored rows even where the search normalises them (X-Omni, 2507.22058).
         raw_rows: only the vectors are normalised; rows are compared and read as they are stored (LaVIT, 2309.04669).
         map_rows: the rows are a linear map of the stored table, which stays as it was drawn (SimVQ, 2411.02038).
+        map_bias: whether that map has a bias.
         parts: widths of the parts of a vector that are normalised apart, so that one code is the nearest in each of
             them (TokenFlow, 2412.03069); empty to normalise it as a whole.
         estimator: how gradients pass the choice, one of `ESTIMATORS`: `copied` straight through, `rotated`, or
@@ -58,6 +59,7 @@ class VQConfig:
     raw_lookup: bool = False
     raw_rows: bool = False
     map_rows: bool = False
+    map_bias: bool = True
     parts: tuple[int, ...] = ()
     estimator: str = "copied"
     entropy: float = 0.0
@@ -102,7 +104,7 @@ class VQ(Quantizer):
         self.sizes = (config.size,)
         self.to_rows = nn.Linear(dim, config.dim) if config.project else nn.Identity()
         self.to_vectors = nn.Linear(config.dim, dim) if config.project else nn.Identity()
-        self.row_map = nn.Linear(config.dim, config.dim) if config.map_rows else nn.Identity()
+        self.row_map = nn.Linear(config.dim, config.dim, bias=config.map_bias) if config.map_rows else nn.Identity()
         trains_rows = config.ema_decay is None and not config.map_rows
         self.codebook = nn.Parameter(torch.randn(config.size, config.dim), requires_grad=trains_rows)
         if config.ema_decay is not None:
