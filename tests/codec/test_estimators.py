@@ -138,6 +138,7 @@ def test_entropy_spreads_signs_and_rows():
         ({"estimator": "straight"}, "must be one of copied, rotated, weighed"),
         ({"reanchor": True, "ema_decay": 0.9}, "neither re-anchored nor weighed"),
         ({"estimator": "weighed", "map_rows": True}, "neither re-anchored nor weighed"),
+        ({"kmeans_steps": 3, "map_rows": True}, "set one of the two"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -46,6 +47,10 @@ class VQConfig:
         reanchor: in training, rows that are hardly used move towards the vector nearest to them (CVQ, 2307.15139).
         restart_below: a row that an EMA codebook used less than this (average count per step) moves to a random
             vector of the batch; 0 never restarts.
+        kmeans_steps: of Lloyd's algorithm over the first batch of training, whose means the rows start from
+            (SoundStream, 2107.03312); 0 starts from rows as they are drawn.
+
+    What a batch does to rows directly (an EMA, restarts, re-anchoring, the start) the batches of all processes do.
     """
 
     size: int = 1024
@@ -66,6 +71,7 @@ class VQConfig:
     entropy_temperature: float = 0.01
     sample_temperature: float = 0.0
     reanchor: bool = False
+    kmeans_steps: int = 0
 
 
 class VQ(Quantizer):
@@ -79,6 +85,7 @@ class VQ(Quantizer):
     usage: torch.Tensor
     sums: torch.Tensor
     shares: torch.Tensor
+    started: torch.Tensor
 
     def __init__(self, config: VQConfig, *, dim: int) -> None:
         super().__init__()
@@ -98,6 +105,10 @@ class VQ(Quantizer):
             raise ValueError(
                 "Rows that an EMA or a map moves are neither re-anchored nor weighed; leave one of them out."
             )
+        if config.kmeans_steps and config.map_rows:
+            raise ValueError(
+                "kmeans_steps moves rows, and map_rows leaves them as they were drawn; set one of the two."
+            )
         if config.parts and (sum(config.parts) != config.dim or not config.normalize):
             raise ValueError(f"parts are {config.parts}; they must add up to dim {config.dim}, under normalize: true.")
         self.config = config
@@ -112,9 +123,13 @@ class VQ(Quantizer):
             self.register_buffer("sums", self.codebook.detach().clone())
         if config.reanchor:
             self.register_buffer("shares", torch.zeros(config.size))
+        if config.kmeans_steps:
+            self.register_buffer("started", torch.tensor(False))
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
         latents = self._normalized(self.to_rows(vectors))
+        if self.config.kmeans_steps and self.training and not bool(self.started):
+            self._start(latents.detach().flatten(0, 1))
         if self.config.reanchor and self.training:
             self._reanchor(latents.detach().flatten(0, 1))
         rows = self._rows()
@@ -182,13 +197,29 @@ class VQ(Quantizer):
         return 2 * products - rows.square().sum(dim=1) - vectors.square().sum(dim=1, keepdim=True)
 
     @torch.no_grad()
+    def _start(self, latents: torch.Tensor) -> None:
+        """Move the rows to the means of `[M, D]` vectors; one that is nearest to none stays a vector."""
+        enough = self.config.size <= len(latents)
+        picks = torch.randperm(len(latents)) if enough else torch.randint(len(latents), (self.config.size,))
+        rows = shared(latents[picks[: self.config.size].to(latents.device)])
+        for _ in range(self.config.kmeans_steps):
+            ids = nearest_rows(latents, rows)
+            counts = summed(torch.bincount(ids, minlength=self.config.size).to(rows.dtype))[:, None]
+            sums = summed(torch.zeros_like(rows).index_add_(0, ids, latents))
+            rows = self._normalized(torch.where(counts > 0, sums / counts.clamp_min(1), rows))
+        self.codebook.copy_(rows)
+        if self.config.ema_decay is not None:
+            self.sums.copy_(rows)
+        self.started.fill_(True)
+
+    @torch.no_grad()
     def _reanchor(self, latents: torch.Tensor) -> None:
         """Move each row the further towards the nearest of `[M, D]` vectors the rarer it has been."""
         weight = torch.exp(-10 * self.config.size * self.shares / (1 - SHARE_DECAY) - 1e-3)[:, None]
         rows = self._rows()
-        self.codebook.lerp_(latents[self._scores(latents, rows).argmax(dim=0)], weight)
-        counts = torch.bincount(self._search(latents, self._rows()), minlength=self.config.size)
-        self.shares.lerp_(counts / len(latents), 1 - SHARE_DECAY)
+        self.codebook.lerp_(shared(latents[self._scores(latents, rows).argmax(dim=0)]), weight)
+        counts = summed(torch.bincount(self._search(latents, self._rows()), minlength=self.config.size))
+        self.shares.lerp_(counts / counts.sum(), 1 - SHARE_DECAY)
 
     def _rows(self) -> torch.Tensor:
         rows = self.row_map(self.codebook)
@@ -205,15 +236,29 @@ class VQ(Quantizer):
 
     @torch.no_grad()
     def _follow(self, latents: torch.Tensor, ids: torch.Tensor, decay: float) -> None:
-        counts = torch.bincount(ids, minlength=self.config.size).to(latents.dtype)
-        batch_sums = torch.zeros_like(self.sums).index_add_(0, ids, latents)
+        counts = summed(torch.bincount(ids, minlength=self.config.size).to(latents.dtype))
+        batch_sums = summed(torch.zeros_like(self.sums).index_add_(0, ids, latents))
         self.usage.lerp_(counts, 1 - decay)
         self.sums.lerp_(batch_sums, 1 - decay)
         self.codebook.copy_(self.sums / self.usage.clamp_min(1e-5)[:, None])
         dead = (self.usage < self.config.restart_below).nonzero().flatten()
         if dead.numel():
-            picks = latents[torch.randint(len(latents), (dead.numel(),), device=latents.device)]
+            picks = shared(latents[torch.randint(len(latents), (dead.numel(),), device=latents.device)])
             self.codebook[dead], self.sums[dead], self.usage[dead] = picks, picks, 1.0
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """`values`, in place, as the sum over all processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def shared(values: torch.Tensor) -> torch.Tensor:
+    """`values`, in place, as the first process has them."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(values, src=0)
+    return values
 
 
 def nearest_rows(vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
