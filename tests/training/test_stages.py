@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import needs_font
 
@@ -15,6 +16,7 @@ from unimm.config import from_dict, read_yaml
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.data.rows import read_rows, row_pictures, write_rows
 from unimm.detokenizer import CodesToImagePipeline
+from unimm.training.codec import CodecTask
 from unimm.training.loop import check_finite
 from unimm.training.pool import held_out_pixels
 from unimm.training.recipe import STAGES, train
@@ -84,6 +86,32 @@ def test_a_killed_run_goes_on_on_the_same_curve(trained_codec, tmp_path):
     (directory.checkpoints / ".step-00000006-half").mkdir()
     again = train(recipe)
     assert losses(again) == losses(trained_codec)
+
+
+def test_the_average_of_the_weights_is_saved_and_survives_a_kill(trained_codec, tmp_path, monkeypatch):
+    trajectory, learn = [], CodecTask.losses
+
+    def watched(task, model, step, rank):
+        if len(trajectory) < 6:
+            trajectory.append(task.codec.encoder.layers[0].conv.weight.detach().clone())
+        return learn(task, model, step, rank)
+
+    monkeypatch.setattr(CodecTask, "losses", watched)
+    recipe = read_yaml(codec_recipe(tmp_path, "averaged")) | {"ema_decay": 0.5}
+    directory = train(write_recipe(tmp_path / "averaged.yaml", **recipe))
+    assert losses(directory) == losses(trained_codec)  # training itself knows nothing of it
+    trajectory.append(VisualCodecModel.from_pretrained(trained_codec.model).encoder.layers[0].conv.weight)
+    expected = trajectory[1]
+    for step, weight in enumerate(trajectory[2:], start=1):
+        expected = torch.lerp(weight, expected, min(0.5, (1 + step) / (10 + step)))  # which rises at first
+    saved = VisualCodecModel.from_pretrained(directory.model)
+    torch.testing.assert_close(saved.encoder.layers[0].conv.weight, expected, atol=1e-6, rtol=0)
+    (directory.root / "finished.json").unlink()
+    shutil.rmtree(directory.checkpoints / "step-00000006")
+    shutil.rmtree(directory.model)
+    again = VisualCodecModel.from_pretrained(train(tmp_path / "averaged.yaml").model)
+    assert again.fingerprint() == saved.fingerprint()
+    assert again.encoder.layers[0].conv.weight.equal(saved.encoder.layers[0].conv.weight)
 
 
 @pytest.mark.parametrize("stage", ["codec", "pretrain"])

@@ -57,6 +57,7 @@ class CodecRecipe:
         lengths: numbers of codes, one of which is drawn at each step, so that few codes stand for a picture too
             (nested dropout, 1402.0915); empty for the codec's own.
         bf16: whether to compute in it; None where the processor is fast in it.
+        ema_decay: of a moving average of the weights, which is what is judged and saved; None for none.
     """
 
     task: str
@@ -71,6 +72,7 @@ class CodecRecipe:
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: tuple[int, ...] = ()
     bf16: bool | None = None
+    ema_decay: float | None = None
 
 
 class CodecTask:
@@ -195,5 +197,5 @@ def train_codec(recipe: CodecRecipe) -> RunDirectory:
     torch.manual_seed(recipe.run.seed)
     config = VisualCodecConfig(**recipe.model)
     pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
-    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16)
+    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
     return run_loop(CodecTask(recipe, pool), loop, recipe)

@@ -39,6 +39,7 @@ class DetokenizerRecipe:
         model: keys of `CodesToImageTransformer2DModel` other than those that the codec decides.
         drop_codes: share of pictures drawn without their codes, so that guidance has something to lean on.
         bf16: whether to compute in it; None where the processor is fast in it.
+        ema_decay: of a moving average of the weights, which is what is judged and saved; None for none.
     """
 
     task: str
@@ -50,6 +51,7 @@ class DetokenizerRecipe:
     drop_codes: float = 0.1
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     bf16: bool | None = None
+    ema_decay: float | None = None
 
 
 class DetokenizerTask:
@@ -153,5 +155,5 @@ def train_detokenizer(recipe: DetokenizerRecipe) -> RunDirectory:
     pool = prepare_pool(recipe.data, codec.config, directory, seed=recipe.run.seed, held_out=HELD_OUT)
     with PartialState(cpu=ON_CPU).local_main_process_first():
         codes = encode_pool(codec, pool.pictures, directory.root / "codes.npy")
-    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16)
+    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
     return run_loop(DetokenizerTask(recipe, codec, pool, codes), loop, recipe)

@@ -7,6 +7,8 @@ else: precision, optimiser, logs, plots, sheets, checkpoints and exact resumptio
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
 
@@ -46,12 +49,18 @@ class Critic(Protocol):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop reads of a recipe. `bf16` is None where the processor decides."""
+    """What the loop reads of a recipe.
+
+    Args:
+        bf16: whether to compute in it; None where the processor decides.
+        ema_decay: of the moving average of the weights; None for none.
+    """
 
     run: RunConfig
     optimizer: OptimizerConfig
     logging: LoggingConfig
     bf16: bool | None
+    ema_decay: float | None
 
 
 class VisualTask(Protocol):
@@ -97,6 +106,7 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
     schedule = build_schedule(optimizer, config.optimizer)
     model, optimizer, schedule = accelerator.prepare(task.model, optimizer, schedule)
     rival = None if task.critic is None else _Rival(accelerator, task.critic, config.optimizer)
+    average = _Average(accelerator, task.model, config.ema_decay)
     start = _resume(accelerator, directory)
     bar = tqdm(
         range(start, config.optimizer.steps),
@@ -113,6 +123,7 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        average.step()
         if rival is not None:
             losses |= rival.learn(step)
         done = step + 1
@@ -126,15 +137,44 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
             if accelerator.is_main_process:
                 directory.log({"step": done, "seconds": round(time.monotonic() - began, 1), **record})
         if done % config.logging.validate_every == 0 or done == config.optimizer.steps:
-            _look(accelerator, task, directory, done)
+            with average.shown():
+                _look(accelerator, task, directory, done)
         if saves:
             _save(accelerator, directory, done)
     if accelerator.is_main_process:
-        with atomic_directory(directory.model) as path:
-            task.save(path)
-        directory.finish(task.validate())
+        with average.shown():
+            with atomic_directory(directory.model) as path:
+                task.save(path)
+            directory.finish(task.validate())
     accelerator.wait_for_everyone()
     return directory
+
+
+class _Average:
+    """A moving average of the model's weights, which stands in for them where the model is judged or saved."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, decay: float | None) -> None:
+        self.weights = [*model.parameters()]
+        self.ema: EMAModel | None = None
+        if decay is not None:
+            self.ema = EMAModel(self.weights, decay=decay)
+            accelerator.register_for_checkpointing(self.ema)
+
+    def step(self) -> None:
+        if self.ema is not None:
+            self.ema.step(self.weights)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.weights)
+        self.ema.copy_to(self.weights)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.weights)
 
 
 class _Rival:
