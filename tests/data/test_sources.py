@@ -109,6 +109,8 @@ def test_a_restart_loses_and_repeats_nothing(streaming, codec, codec_folder, tmp
     with pytest.raises(ValueError, match="goes on with what is missing"):
         read_rows(tmp_path / "rows", codec)
     before = {path: path.stat().st_mtime_ns for path in written}
+    with pytest.raises(RuntimeError, match="meta"):  # the named device is used, and nothing is computed on this one
+        tokenize_source(source, codec_folder, tmp_path / "other", device="meta")
     for rank in range(3):
         tokenize_source(source, codec_folder, tmp_path / "rows", rank=rank, world_size=3)
     assert {path: path.stat().st_mtime_ns for path in written} == before

@@ -131,6 +131,8 @@ def test_any_vae_of_diffusers_is_judged(tmp_path):
     assert main(["evaluate", "codec", *arguments, "--folder", str(tmp_path / "out")]) == 0
     measures = json.loads((tmp_path / "out" / "report.json").read_text())["measures"]
     assert [measure["name"] for measure in measures] == ["PSNR, dB", "SSIM", "FD"]
+    assert main(["evaluate", "codec", *arguments, "--device", "meta"]) == 1  # where nothing is computed
+    assert main(["evaluate", "codec", *arguments, "--offload"]) == 2
     assert VaeSubject(tmp_path / "vae", SIDE).copy(np.zeros((1, SIDE, SIDE, 3), np.uint8)).bits is None
 
 

@@ -16,8 +16,8 @@ from unimm.evaluation.legibility import rapid_reader
 from unimm.evaluation.subjects import CodecSubject, Subject, VaeSubject, read_pairs
 
 
-def judge_codec(arguments: argparse.Namespace) -> CodecReport:
-    """The report of a codec, of a VAE, or of a folder of copies.
+def judge_codec(arguments: argparse.Namespace, device: str) -> CodecReport:
+    """The report of a codec, of a VAE, or of a folder of copies; what is judged runs on `device`.
 
     Raises:
         ValueError: one folder without the other, pictures that nothing knows, or a model without a codec.
@@ -33,19 +33,19 @@ def judge_codec(arguments: argparse.Namespace) -> CodecReport:
         if folder is not None:
             report.save(folder)
         return report
-    subject = _subject(arguments)
+    subject = _subject(arguments, device)
     sets = picture_sets(tuple(arguments.pictures), subject.side, arguments.limit)
     reader = rapid_reader() if arguments.text else None
     return evaluate_codec(subject, sets, folder=folder, extractor=extractor, reader=reader)
 
 
-def _subject(arguments: argparse.Namespace) -> Subject:
+def _subject(arguments: argparse.Namespace, device: str) -> Subject:
     if arguments.vae:
-        return VaeSubject(arguments.vae, arguments.side)
+        return VaeSubject(arguments.vae, arguments.side, device)
     path = arguments.model
     if path and (Path(path) / "config.json").is_file() and _is_codec(path):
-        return CodecSubject(VisualCodecModel.from_pretrained(path), path)
-    codec = unimm.load(path).model.visual
+        return CodecSubject(VisualCodecModel.from_pretrained(path).to(device), path)
+    codec = unimm.load(path, device=device).model.visual
     if codec is None:
         raise ValueError(f"{path} has no codec of its own; name the folder of its codec as --model.")
     return CodecSubject(codec, path or "unimm-tiny")

@@ -54,6 +54,7 @@ def source_to_rows(arguments: argparse.Namespace) -> str:
         source,
         arguments.model or SHIPPED,
         Path(arguments.output),
+        device=arguments.device,
         num_proc=arguments.num_proc,
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),

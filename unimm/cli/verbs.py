@@ -39,6 +39,12 @@ def _load(arguments: argparse.Namespace) -> Any:
     return unimm.load(arguments.model, weights=arguments.weights, offload=arguments.offload, **_place(arguments))
 
 
+def _alone(arguments: argparse.Namespace) -> None:
+    """Raise `ValueError` where a codec that works alone is asked for what is done to language models."""
+    if arguments.weights or arguments.offload:
+        raise ValueError("A codec works alone here, with its weights as they are: leave out --weights and --offload.")
+
+
 def _draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="what to draw")
     parser.add_argument("-o", "--output", default="out.png", help="PNG to write (default: out.png)")
@@ -150,6 +156,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     elif Path(arguments.output).suffix == ".json":
         picture_to_codes(_load(arguments), arguments.source, arguments.output)
     else:
+        _alone(arguments)
         print(source_to_rows(arguments))
     print(arguments.output)
 
@@ -207,7 +214,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.benchmark == "codec":
         from unimm.cli.judge import judge_codec
 
-        print(judge_codec(arguments).to_markdown())
+        _alone(arguments)
+        print(judge_codec(arguments, _place(arguments)["device"]).to_markdown())
         return
     folder = Path(arguments.folder) if arguments.folder else None
     temperature, best_of = arguments.temperature, arguments.best_of

@@ -68,6 +68,7 @@ class _Job:
     source: Source
     codec: str
     folder: Path
+    device: str | None
 
 
 class _Skipped(Exception):
@@ -75,12 +76,20 @@ class _Skipped(Exception):
 
 
 def tokenize_source(
-    source: Source, codec: str | Path, folder: Path, *, num_proc: int = 1, rank: int = 0, world_size: int = 1
+    source: Source,
+    codec: str | Path,
+    folder: Path,
+    *,
+    device: str | None = None,
+    num_proc: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> ShardReport:
     """Write this process's share of a source into `folder` as rows; what is there already is kept.
 
     Args:
         codec: folder or Hub name of a codec, or of a unified model with one.
+        device: where the codec runs; None for each process's accelerator where there is one.
         num_proc: processes to start here.
         rank, world_size: this process among those that share the work, on any machines with a common `folder`.
 
@@ -92,10 +101,10 @@ def tokenize_source(
     """
     if source.text and source.messages:
         raise ValueError(f"Both text ({source.text!r}) and messages ({source.messages!r}) are named; a row has one.")
-    job = _Job(source, str(codec), folder)
+    job = _Job(source, str(codec), folder, device)
     num_units = len_units(open_source(source))
     made_from = {"source": asdict(source), "units": num_units, "shard_rows": SHARD_ROWS}
-    check_manifest({**made_from, "fingerprint": load_codec(job.codec)[0].fingerprint()}, folder)
+    check_manifest({**made_from, "fingerprint": load_codec(job.codec, job.device)[0].fingerprint()}, folder)
     units = range(rank, num_units, world_size)
     work = partial(_tokenize_unit, job)
     if num_proc == 1:
@@ -155,12 +164,11 @@ def read_pictures(source: Source, image_processor: VisualCodecImageProcessor, *,
 
 
 @cache
-def load_codec(path: str) -> tuple[VisualCodecModel, VisualCodecImageProcessor]:
-    """A codec, on this process's accelerator where there is one, and the image processor that feeds it."""
+def load_codec(path: str, device: str | None = None) -> tuple[VisualCodecModel, VisualCodecImageProcessor]:
+    """A codec, on this process's accelerator where there is one and no other is named, and what feeds it pictures."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device("cpu")
-    if accelerator is not None:
-        device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
+    if device is None:
+        device = "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
     if isinstance(AutoConfig.from_pretrained(path), UniMMConfig):
         codec = UniMMForConditionalGeneration.from_pretrained(path).codec
         return codec.to(device).eval(), UniMMProcessor.from_pretrained(path).image_processor
@@ -202,7 +210,7 @@ def _tokenize_unit(job: _Job, unit: int) -> None:
 
 
 def _make_rows(job: _Job, examples: Iterator[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], ShardReport]:
-    codec, image_processor = load_codec(job.codec)
+    codec, image_processor = load_codec(job.codec, job.device)
     fingerprint = codec.fingerprint()
     rows: list[dict[str, Any]] = []
     seen, skipped = 0, Counter[str]()

@@ -105,8 +105,8 @@ class CodecSubject:
 class VaeSubject:
     """An autoencoder of diffusers, judged at the mode of its latents; it has no codes."""
 
-    def __init__(self, path: str | Path, side: int) -> None:
-        self.vae = DiffusersModel.from_pretrained(str(path)).eval()
+    def __init__(self, path: str | Path, side: int, device: str = "cpu") -> None:
+        self.vae = DiffusersModel.from_pretrained(str(path)).eval().to(device)
         self.name, self.side = str(path), side
         self.spec: CodeSpec | None = None
         self.lengths: tuple[int | None, ...] = (None,)
@@ -115,9 +115,9 @@ class VaeSubject:
     def copy(self, pictures: np.ndarray, length: int | None = None) -> Copies:
         drawn = []
         for batch in to_pixel_values(pictures).split(BATCH):
-            encoded = self.vae.encode(batch)
+            encoded = self.vae.encode(batch.to(self.vae.device))
             latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded[0]
-            drawn.append(self.vae.decode(latents).sample.clamp(-1, 1))
+            drawn.append(self.vae.decode(latents).sample.clamp(-1, 1).cpu())
         return Copies(torch.cat(drawn))
 
 
