@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from unimm import VisualCodecConfig, VisualCodecModel, VisualCodes
 from unimm.codec.length import StreamsLength
 from unimm.codec.quantizers import QUANTIZERS
+from unimm.codec.streams import MergingTower, MergingTowerConfig
 
 PYRAMID = {"channels": [32, 32, 32], "blocks": 1, "attention_levels": [2]}
 CELLS = {"width": 16, "depth": 1, "num_heads": 2}
@@ -97,3 +102,25 @@ def test_a_row_map_without_a_bias_keeps_the_zero_row():
     rows = quantizer(config(dim=4, project=False, normalize=False, map_rows=True, map_bias=False), dim=4)
     rows.codebook.data[0] = 0
     assert rows.lookup(torch.zeros(1, 1, 1, dtype=torch.int64)).eq(0).all()
+
+
+@torch.no_grad()
+def test_the_tower_is_that_of_qwen2_vl_in_transformers():
+    torch.manual_seed(0)
+    stock = Qwen2VisionTransformerPretrainedModel(
+        Qwen2VLVisionConfig(depth=2, embed_dim=32, num_heads=2, hidden_size=24, mlp_ratio=3)
+    ).eval()
+    tower = MergingTower(MergingTowerConfig(width=32, depth=2, num_heads=2, mlp_width=96, out_width=24)).eval()
+    names = {"patch_embed.proj": "patches", "merger.ln_q": "norm", "merger.mlp": "merge", "norm1": "attention_norm"}
+    names |= {"norm2": "mlp_norm", "attn.qkv": "attention.qkv", "attn.proj": "attention.out"}
+    names |= {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
+    weights = stock.state_dict()
+    for theirs, ours in names.items():
+        weights = {name.replace(theirs, ours): weight for name, weight in weights.items()}
+    tower.load_state_dict(weights)
+    picture = torch.randint(256, (3, 56, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    processor = Qwen2VLImageProcessorPil(do_resize=False)
+    given = processor(picture.numpy(), input_data_format="channels_first", return_tensors="pt")
+    expected = stock(given["pixel_values"], given["image_grid_thw"]).pooler_output
+    features = tower(picture[None] / 127.5 - 1, (2, 3))[0]
+    torch.testing.assert_close(features, F.layer_norm(expected, (24,), eps=1e-6), atol=1e-5, rtol=0)
