@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -433,8 +433,9 @@ def test_lookup_is_what_decode_saw(kind):
     torch.testing.assert_close(codec.lookup(codec.encode(pixels())), seen, atol=1e-5, rtol=1e-5)
 
 
-@given(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(2, 16), min_size=1, max_size=8), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+@example([16] * 8, 0)  # more codes than a float32 can count
 def test_fsq_ids_are_in_range_and_round_trip(levels, seed):
     quantizer = FSQ(FSQConfig(tuple(levels)), dim=6)
     quantized = quantizer(torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(seed)) * 5)
@@ -595,6 +596,7 @@ def test_of_rows_that_cannot_be_told_apart_the_commonest_stays():
     [
         (torch.zeros(1, 1, 32, 32), "floats \\[B, 3, H, W\\]"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "floats"),
+        (torch.zeros(0, 3, 32, 32), "floats"),
         (torch.full((1, 3, 32, 32), 255.0), "range"),
         (torch.zeros(1, 3, 40, 32), "cannot take a 40 x 32"),
     ],
@@ -832,3 +834,14 @@ def test_a_grid_has_one_map_before_its_projection():
     torch.testing.assert_close(codec.resampler.sample(features), wanted)
     with pytest.raises(ValueError, match="set one of them to 0"):
         GridResamplerConfig(tanh_width=8, gelu_width=8)
+
+
+@pytest.mark.parametrize(
+    ("length", "legal"), [("fixed", "2 x 2"), ("resolution", "1 x 1, 1 x 2"), ("pooled", "2 x 2, 1 x 1")]
+)
+def test_codes_on_a_grid_that_no_picture_has_are_refused(length, legal):
+    codec = build(length=TINY["length"][length])
+    ids = torch.zeros(1, 4, 1, dtype=torch.int64)
+    codec.decode(VisualCodes.from_grid(ids.unflatten(1, (2, 2))))
+    with pytest.raises(ValueError, match=f"grid of 4 x 1; this codec decodes {legal}"):
+        codec.decode(VisualCodes.from_grid(ids.unflatten(1, (4, 1))))

@@ -733,3 +733,44 @@ def test_xomni_keeps_the_shape_of_pictures(tmp_path):
     picture = Image.fromarray(expected["preprocess_image"].numpy())
     values = processor(picture, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(values, expected["preprocess_pixel_values"], atol=1e-6, rtol=0)
+
+
+def changed(folder, **values):
+    """The configuration of a fixture with other arguments, `__` for the dots of a path; None takes one out."""
+    fields = json.loads((stored(folder) / "config.json").read_text())
+    for path, value in values.items():
+        *way, last = path.split("__")
+        node = fields
+        for name in way:
+            node = node[name]
+        node.pop(last) if value is None else node.update({last: value})
+    return UpstreamConfig(fields)
+
+
+def test_ta_tok_has_a_code_for_each_cell_whatever_its_configuration_counts():
+    whole = UPSTREAMS["ta_tok"].plan(changed("ta_tok")).config
+    for number in (None, 256):
+        assert UPSTREAMS["ta_tok"].plan(changed("ta_tok", args__bottleneck_token_num=number)).config == whole
+
+
+def test_ta_titok_has_the_defaults_of_titok():
+    path = "args__model__vq_model__"
+    values = {f"{path}is_legacy": None, f"{path}finetune_decoder": None}
+    config = UPSTREAMS["ta_titok"].plan(changed("ta_titok", **values)).config
+    assert config.resampler["scramble"]
+    assert "soft_codebook" in config.decoder
+
+
+@pytest.mark.parametrize("pixels", [128, 64, 2048])
+def test_xomni_takes_long_pictures_whatever_the_side_of_its_table(pixels):
+    values = {"patched_literals__img_size_of_position_table": pixels}
+    config = UPSTREAMS["xomni_tokenizer"].plan(changed("xomni_tokenizer", **values)).config
+    patch = config.encoder["patch"]
+    assert config.image_size % patch == 0
+    config.grid(4 * patch, 18 * patch)
+
+
+@pytest.mark.parametrize("name", ["l2_normalize", "ddconfig__tanh_out"])
+def test_an_ibq_that_is_built_otherwise_is_refused(name):
+    with pytest.raises(ValueError, match="only models with False"):
+        UPSTREAMS["ibq"].plan(changed("ibq", **{f"args__{name}": True}))

@@ -86,6 +86,15 @@ class LengthPolicy(ABC):
         """(rows, columns) of what `length` codes without a grid of their own are looked up as."""
         return 1, length
 
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raise `ValueError` where no picture of this codec has codes on a grid of (rows, columns)."""
+        if not self.takes(grid):
+            raise self._no_grid(grid, self.grids())
+
+    def _no_grid(self, grid: tuple[int, int], legal: list[tuple[int, int]]) -> ValueError:
+        shown = ", ".join(f"{rows} x {columns}" for rows, columns in legal[:8]) + (", ..." if len(legal) > 8 else "")
+        return ValueError(f"Codes lie on a grid of {grid[0]} x {grid[1]}; this codec decodes {shown}.")
+
     def check_length(self, length: int) -> None:
         """Raise `ValueError` where no picture of this codec has `length` codes."""
         if not 1 <= length <= self.max_length:
@@ -224,6 +233,11 @@ class PooledLength(LengthPolicy):
             legal = ", ".join(map(str, sorted(arrangements)))
             raise ValueError(f"num_tokens is {num_tokens}; this codec makes {legal} of a picture.")
         return arrangements[wanted]
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        legal = [(found.rows, found.columns) for found in self._arrangements()]
+        if grid not in legal:
+            raise self._no_grid(grid, legal)
 
     def check_length(self, length: int) -> None:
         self.arrange((self.rows, self.columns), length)

@@ -351,6 +351,7 @@ class VisualCodecModel(PreTrainedModel):
             return self.length.drawn_grid(codes.ids.shape[1])
         if codes.grid is None or len(set(codes.grid)) != 1:
             raise ValueError(f"Codes have grids {codes.grid}; decode pictures of one (rows, columns) at a time.")
+        self.length.check_grid(codes.grid[0])
         return codes.grid[0]
 
     def _check_condition(self, condition: torch.Tensor | None, batch: int) -> None:
@@ -372,7 +373,8 @@ class VisualCodecModel(PreTrainedModel):
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         channels = self.config.in_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+        shaped = pixel_values.ndim == 4 and pixel_values.shape[1] == channels and pixel_values.numel() > 0
+        if not shaped or not pixel_values.is_floating_point():
             way_out = "Use the codec's image processor." if self.config.reads_pixels else "They are a VAE's latents."
             raise ValueError(
                 f"pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}; they must be floats "

@@ -55,13 +55,12 @@ class FSQ(Quantizer):
         bounded = self._bound(self.to_channels(vectors).unflatten(-1, (len(self.sizes), -1)))  # [B, N, K, C]
         rounded = straight_through(bounded, bounded.round())
         digits = rounded.detach() + self._half_widths(rounded)
-        ids = (digits * self._basis(rounded)).sum(dim=-1).round().long()
+        ids = (digits.round().long() * self._basis(rounded.device)).sum(dim=-1)  # floats count to 2**24 only
         return Quantized(ids, self._project(rounded), vectors.new_zeros(()))
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         levels = torch.tensor(self.levels, device=ids.device)
-        basis = torch.tensor(self._basis_tuple(), device=ids.device)
-        digits = (ids[..., None] // basis) % levels
+        digits = (ids[..., None] // self._basis(ids.device)) % levels
         return self._project(digits.float() - self._half_widths(digits.float()))
 
     def _project(self, rounded: torch.Tensor) -> torch.Tensor:
@@ -82,8 +81,6 @@ class FSQ(Quantizer):
     def _half_widths(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_tensor([level // 2 for level in self.levels])
 
-    def _basis(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_tensor(self._basis_tuple())
-
-    def _basis_tuple(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.levels[:channel]) for channel in range(len(self.levels)))
+    def _basis(self, device: torch.device) -> torch.Tensor:
+        """What one step of each channel adds to an id."""
+        return torch.tensor([math.prod(self.levels[:channel]) for channel in range(len(self.levels))], device=device)

@@ -37,8 +37,13 @@ def _check(upstream: UpstreamConfig) -> None:
 
 
 def plan_ibq(upstream: UpstreamConfig) -> Plan:
-    """The plan of `IBQ`."""
+    """The plan of `IBQ`, whose rows are never normalised: `cosine_similarity` is kept by upstream and read by nothing.
+
+    Raises:
+        ValueError: a model that normalises them by `l2_normalize`.
+    """
     _check(upstream)
+    upstream.require({"l2_normalize": False, "ddconfig.resamp_with_conv": True, "ddconfig.tanh_out": False})
     width, blocks = upstream.get("ddconfig.ch"), upstream.get("ddconfig.num_res_blocks")
     widths = channels(width, upstream.get("ddconfig.ch_mult"))
     resolution, rows = upstream.get("ddconfig.resolution"), upstream.get("embed_dim")
@@ -60,7 +65,7 @@ def plan_ibq(upstream: UpstreamConfig) -> Plan:
             "size": upstream.get("n_embed"),
             "dim": rows,
             "metric": "dot",
-            "normalize": upstream.field("defaults_used.cosine_similarity", False),
+            "normalize": False,
             "project": False,
         },
         length=any_size(resolution, 2 ** (len(widths) - 1)),

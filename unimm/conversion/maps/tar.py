@@ -54,7 +54,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
     """The plan of `TextAlignedTokenizer`, with deterministic codes.
 
     Raises:
-        ValueError: a tower that nothing describes, a bottleneck other than SimVQ, or another count of codes than cells.
+        ValueError: a tower that nothing describes, or a bottleneck other than SimVQ.
     """
     tower, bottleneck = _tower(upstream), upstream.get("bottleneck.args")
     regularizer = bottleneck["regularizer"]
@@ -62,8 +62,6 @@ def plan(upstream: UpstreamConfig) -> Plan:
         raise ValueError(f"The bottleneck is {regularizer['name']!r}; this codec exists for 'simvq' without norm only.")
     size, patch, width = upstream.get("input_size", 384), tower["patch_size"], tower["hidden_size"]
     side, dim = size // patch, bottleneck["bottleneck_dim"]
-    if upstream.get("bottleneck_token_num", side * side) != side * side:
-        raise ValueError(f"bottleneck_token_num must be {side * side}, the cells of a {size} px picture.")
     layer = upstream.get("select_layer_id", -2)
     layers = tower["num_hidden_layers"] + 1 + layer if layer < 0 else layer
     decoder = {**DECODER, **upstream.literal("decoder_config_overrides", {})}
@@ -134,6 +132,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         rf"encoder\.encoder\.layers\.(?:{unread})\..*",
         r"encoder\.(?:post_layernorm|head)\..*",
         r"decoder\.(?:vision_model\.)?head\..*",
+        r"bottleneck\.regularizer\.stochastic_temperature_inv",  # learned where codes are drawn by chance
     )
     constants = {r"scale_layer\.(?:scale|shift)": 0.5}
     return Plan(config, renames, without_effect, constants=constants, stretch=True)

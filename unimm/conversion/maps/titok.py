@@ -192,19 +192,19 @@ def make_plan(
     return Plan(config, renames, without_effect=(r"quantize\.embed_prob",))
 
 
-def plan_titok(upstream: UpstreamConfig) -> Plan:
+def plan_titok(upstream: UpstreamConfig, *, conditioned: bool = False) -> Plan:
     """The plan of `TiTok`; the latents are scrambled unless `is_legacy` is off, and two-stage is `finetune_decoder`."""
     return make_plan(
         upstream,
         scramble=upstream.get("model.vq_model.is_legacy", True),
         two_stage=upstream.get("model.vq_model.finetune_decoder", True),
+        conditioned=conditioned,
     )
 
 
 def plan_ta_titok(upstream: UpstreamConfig) -> Plan:
-    """The plan of `TATiTok`."""
-    legacy, two_stage = (upstream.get(f"model.vq_model.{name}", False) for name in ("is_legacy", "finetune_decoder"))
-    return make_plan(upstream, scramble=legacy, two_stage=two_stage, conditioned=True)
+    """The plan of `TATiTok`, a `TiTok` with its defaults."""
+    return plan_titok(upstream, conditioned=True)
 
 
 def plan_one_d_piece(upstream: UpstreamConfig) -> Plan:

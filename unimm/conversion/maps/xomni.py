@@ -22,6 +22,7 @@ TOWERS = {
 }
 TABLE_PIXELS = 2048  # side of the picture whose grid the position table has
 TRAINING_SIDE = 384
+MAX_SIDE = 256  # rows or columns of cells, at the least: twice those of the released table
 RELEASED_SHAPES = {
     "short_size": 384,
     "long_size": 1152,
@@ -60,10 +61,11 @@ def plan(upstream: UpstreamConfig, *, shapes: Mapping[str, Any] | None = None) -
     patch, width, dim = tower["patch_size"], tower["width"], upstream.get("codebook_dim")
     table_pixels = upstream.literal("img_size_of_position_table", TABLE_PIXELS)
     table_side = table_pixels // patch
+    max_side = max(2 * table_side, MAX_SIDE)
     if upstream.get("z_channels") != width:
         raise ValueError(f"z_channels is {upstream.get('z_channels')} and the tower {width} wide; they must be equal.")
     config = VisualCodecConfig(
-        image_size=min(TRAINING_SIDE, table_pixels),
+        image_size=min(TRAINING_SIDE, table_pixels) // patch * patch,
         encoder={
             "kind": "vit",
             "patch": patch,
@@ -84,7 +86,7 @@ def plan(upstream: UpstreamConfig, *, shapes: Mapping[str, Any] | None = None) -
             "raw_lookup": True,
         },
         # The table stretches to grids beyond its own.
-        length={"kind": "resolution", "min_side": 1, "max_side": 2 * table_side, "max_positions": 4 * table_side**2},
+        length={"kind": "resolution", "min_side": 1, "max_side": max_side, "max_positions": max_side**2},
         decoder={"kind": "features", "width": width, "blocks": upstream.field("defaults_used.conv_layers", 2)},
     )
     renames = (
