@@ -238,6 +238,7 @@ TINY = {
         "sign": {"kind": "sign"},
         "bits": {"kind": "bits", "bits": 5},
         "continuous": {"kind": "continuous"},
+        "gaussian": {"kind": "gaussian"},
         "residual": {"kind": "residual", "size": 12, "dim": 16, "depth": 3, "project": False, "normalize": False},
         "twin": {
             "kind": "twin",

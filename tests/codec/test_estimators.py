@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import Normal, kl_divergence
 
-from unimm.codec.quantizers import ESTIMATORS, VQ, SignConfig, SignQuantizer, VQConfig
+from unimm.codec.quantizers import ESTIMATORS, VQ, Gaussian, GaussianConfig, SignConfig, SignQuantizer, VQConfig
 from unimm.codec.quantizers.estimators import bit_entropy_gap, entropy_gap
 
 
@@ -144,3 +145,28 @@ def test_entropy_spreads_signs_and_rows():
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         codebook(**options)
+
+
+@given(st.integers(1, 20), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_spherical_signs_lie_on_the_sphere_and_are_the_nearest_corner(dim, seed):
+    quantizer = SignQuantizer(SignConfig(spherical=True, entropy=1.0), dim=dim)
+    cloud = torch.randn(1, 9, dim, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    quantized = quantizer(cloud)
+    torch.testing.assert_close(quantized.vectors.norm(dim=-1), torch.ones(1, 9))
+    torch.testing.assert_close(quantizer.lookup(quantized.ids), quantized.vectors)
+    assert quantized.ids.equal(SignQuantizer(SignConfig(), dim=dim)(cloud).ids)
+    (quantized.vectors.sum() + quantized.loss).backward()
+    assert (cloud.grad * cloud).sum(dim=-1).abs().max() < 1e-3  # along a vector nothing changes
+
+
+def test_gaussian_latents_are_drawn_in_training_and_their_means_afterwards():
+    torch.manual_seed(0)
+    quantizer, cloud = Gaussian(GaussianConfig(divergence=0.5), dim=4).train(), torch.randn(2, 3, 4)
+    mean, log_variance = quantizer.to_moments(cloud).chunk(2, dim=-1)
+    drawn = torch.stack([quantizer(cloud).vectors for _ in range(4000)])
+    torch.testing.assert_close(drawn.mean(dim=0), mean, atol=0.1, rtol=0)
+    torch.testing.assert_close(drawn.var(dim=0), log_variance.exp(), atol=0, rtol=0.2)
+    expected = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum(dim=(1, 2)).mean()
+    torch.testing.assert_close(quantizer(cloud).loss, expected / 2)
+    assert quantizer.eval()(cloud).vectors.equal(mean)

@@ -2,7 +2,7 @@
 
 from unimm.codec.quantizers.base import Quantized, Quantizer
 from unimm.codec.quantizers.bits import BitQuantizer, BitsConfig
-from unimm.codec.quantizers.continuous import Continuous, ContinuousConfig
+from unimm.codec.quantizers.continuous import Continuous, ContinuousConfig, Gaussian, GaussianConfig
 from unimm.codec.quantizers.estimators import ESTIMATORS
 from unimm.codec.quantizers.product import ProductVQ, ProductVQConfig
 from unimm.codec.quantizers.residual import ResidualVQ, ResidualVQConfig, TwinRVQ, TwinRVQConfig
@@ -22,6 +22,7 @@ QUANTIZERS: dict[str, tuple[type, type[Quantizer]]] = {
     "sign": (SignConfig, SignQuantizer),
     "bits": (BitsConfig, BitQuantizer),
     "continuous": (ContinuousConfig, Continuous),
+    "gaussian": (GaussianConfig, Gaussian),
     "streams": (StreamsVQConfig, StreamsVQ),
 }
 
@@ -35,6 +36,8 @@ __all__ = [
     "Continuous",
     "ContinuousConfig",
     "FSQConfig",
+    "Gaussian",
+    "GaussianConfig",
     "ProductVQ",
     "ProductVQConfig",
     "Quantized",

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from unimm.codec.quantizers.base import Quantized, Quantizer
+
+LOG_VARIANCES = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,11 @@ class Continuous(Quantizer):
         self.sizes = ()
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
+        return self._without_ids(vectors, vectors.new_zeros(()))
+
+    def _without_ids(self, vectors: torch.Tensor, loss: torch.Tensor) -> Quantized:
         ids = torch.zeros(*vectors.shape[:2], 0, dtype=torch.int64, device=vectors.device)
-        return Quantized(ids, vectors, vectors.new_zeros(()))
+        return Quantized(ids, vectors, loss)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Refuses every input.
@@ -36,3 +42,31 @@ class Continuous(Quantizer):
     @torch.no_grad()
     def code_vectors(self) -> tuple[torch.Tensor, ...]:
         return ()
+
+
+@dataclass(frozen=True)
+class GaussianConfig:
+    """Latents of a variational autoencoder (1312.6114).
+
+    Args:
+        divergence: weight of the Kullback-Leibler divergence of a picture's latents from a standard normal.
+    """
+
+    divergence: float = 1e-6
+
+
+class Gaussian(Continuous):
+    """A linear map gives the mean and the log variance of each latent, which is drawn in training, else the mean."""
+
+    def __init__(self, config: GaussianConfig, *, dim: int) -> None:
+        super().__init__(ContinuousConfig(), dim=dim)
+        self.divergence = config.divergence
+        self.to_moments = nn.Linear(dim, 2 * dim)
+
+    def quantize(self, vectors: torch.Tensor) -> Quantized:
+        mean, log_variance = self.to_moments(vectors).chunk(2, dim=-1)
+        log_variance = log_variance.clamp(*LOG_VARIANCES)
+        excess = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
+        loss = self.divergence * excess.sum(dim=(1, 2)).mean()
+        drawn = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        return self._without_ids(drawn, loss)
