@@ -257,6 +257,7 @@ TINY = {
         "attention": {"kind": "attention", "dim": 8, "num_heads": 2, "causal": True},
         "latent": {"kind": "latent", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "scramble": True},
         "streams": {"kind": "grid", "dim": 5, "norm": False, "project": False},
+        "scale_causal": {"kind": "scale_causal", "sides": [1, 2], "dim": 16, "depth": 2, "num_heads": 2},
         "registers": {"kind": "registers", "dim": 16, **SEQUENCE, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "merging": {
             "kind": "merging",
@@ -312,7 +313,7 @@ COMPANIONS |= dict.fromkeys(CLOSED.values(), CLOSED)
 COMPANIONS |= dict.fromkeys(ROTARY.values(), ROTARY)
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
-COMPANIONS |= {"streams": STREAMS}
+COMPANIONS |= {"streams": STREAMS, "scale_causal": {"resampler": "scale_causal", "length": "levels"}}
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 
 

@@ -58,6 +58,7 @@ from unimm.codec.rotary_latents import (
     RotaryMaskConfig,
     RotaryMaskDecoder,
 )
+from unimm.codec.scales import ScaleCausalConfig, ScaleCausalResampler
 from unimm.codec.selection import CrossViTConfig, CrossViTDecoder, SelectResampler, SelectResamplerConfig
 from unimm.codec.streams import StreamsDecoder, StreamsDecoderConfig, StreamsEncoder, StreamsEncoderConfig
 from unimm.codec.taps import TapEncoder, TapEncoderConfig
@@ -92,6 +93,7 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "rotary_latents": (RotaryLatentsConfig, RotaryLatentsResampler),
     "queries": (QueryResamplerConfig, QueryResampler),
     "select": (SelectResamplerConfig, SelectResampler),
+    "scale_causal": (ScaleCausalConfig, ScaleCausalResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
