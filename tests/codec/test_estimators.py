@@ -160,6 +160,29 @@ def test_spherical_signs_lie_on_the_sphere_and_are_the_nearest_corner(dim, seed)
     assert (cloud.grad * cloud).sum(dim=-1).abs().max() < 1e-3  # along a vector nothing changes
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_slots_of_signs_are_the_parts_of_one_code(slots, lowest_first, seed):
+    cloud = torch.randn(2, 7, sum(slots), generator=torch.Generator().manual_seed(seed))
+    quantizer = SignQuantizer(SignConfig(slots=tuple(slots), lowest_first=lowest_first), dim=sum(slots))
+    ids = quantizer(cloud).ids
+    assert ids.shape == (2, 7, len(slots))
+    for slot, part in enumerate(cloud.split(slots, dim=-1)):
+        alone = SignQuantizer(SignConfig(lowest_first=lowest_first), dim=part.shape[-1])
+        assert ids[..., slot].equal(alone(part).ids[..., 0])
+        assert quantizer.code_vectors()[slot].equal(alone.code_vectors()[0])
+    torch.testing.assert_close(quantizer.lookup(ids), quantizer(cloud).vectors)
+
+
+def test_bounded_channels_have_the_same_signs_and_no_pull_beyond_one():
+    cloud = (torch.randn(1, 50, 6) * 20).requires_grad_()
+    plain, bounded = (SignQuantizer(SignConfig(bounded=bounded), dim=6)(cloud) for bounded in (False, True))
+    assert plain.ids.equal(bounded.ids)
+    assert plain.loss > 10 > 0.25 > bounded.loss
+    with pytest.raises(ValueError, match="5 channels, and vectors have 6"):
+        SignQuantizer(SignConfig(slots=(2, 3)), dim=6)
+
+
 def test_gaussian_latents_are_drawn_in_training_and_their_means_afterwards():
     torch.manual_seed(0)
     quantizer, cloud = Gaussian(GaussianConfig(divergence=0.5), dim=4).train(), torch.randn(2, 3, 4)
