@@ -285,6 +285,7 @@ TINY = {
         "fixed": {"kind": "fixed", "rows": 2, "columns": 2},
         "resolution": {"kind": "resolution", "min_side": 1, "max_side": 3, "max_positions": 6},
         "sequence": {"kind": "sequence", **SEQUENCE, "prefixes": True},
+        "filled": {"kind": "sequence", **SEQUENCE, "prefixes": True, "filled": True},
         "closed": {"kind": "sequence", **SEQUENCE, "tokens": 5},
         "any_sequence": {"kind": "any_sequence", "tokens": 4, "step": 2, "max_side": 4},
         "kept": {"kind": "kept", "rows": 2, "columns": 2},
@@ -847,3 +848,41 @@ def test_codes_on_a_grid_that_no_picture_has_are_refused(length, legal):
     codec.decode(VisualCodes.from_grid(ids.unflatten(1, (2, 2))))
     with pytest.raises(ValueError, match=f"grid of 4 x 1; this codec decodes {legal}"):
         codec.decode(VisualCodes.from_grid(ids.unflatten(1, (4, 1))))
+
+
+@pytest.fixture
+def filled():
+    codec = build(**{socket: TINY[socket][kind] for socket, kind in (LATENT | {"length": "filled"}).items()})
+    torch.nn.init.normal_(codec.absent)
+    return codec
+
+
+def test_filled_codes_of_several_lengths_are_decoded_together(filled):
+    codes, lengths = filled.encode(pixels()), (1, 3, 4)
+    codes.mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    together = filled.decode(codes)
+    for picture, length in enumerate(lengths):
+        alone = VisualCodes(codes.ids[picture : picture + 1, :length], torch.ones(1, length, dtype=torch.bool))
+        torch.testing.assert_close(filled.decode(alone)[0], together[picture], atol=1e-5, rtol=0)
+    plain = build(**{socket: TINY[socket][kind] for socket, kind in LATENT.items()})
+    with pytest.raises(ValueError, match="decode one length at a time"):
+        plain.decode(codes)
+
+
+def test_each_picture_of_a_batch_learns_at_its_own_length(filled, tmp_path):
+    lengths = torch.tensor([1, 3, 4])
+    output = filled(pixels(), num_tokens=lengths)
+    whole = filled.encode(pixels()).ids
+    assert output.ids.equal(whole * (torch.arange(4) < lengths[:, None])[..., None])
+    for picture, length in enumerate(lengths.tolist()):
+        alone = filled(pixels()[picture : picture + 1], num_tokens=length)
+        torch.testing.assert_close(alone.reconstruction[0], output.reconstruction[picture], atol=1e-5, rtol=0)
+    output.reconstruction.square().mean().backward()
+    assert filled.absent.grad.abs().sum() > 0
+    filled.save_pretrained(tmp_path)
+    again = VisualCodecModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.absent.equal(filled.absent)
+    with pytest.raises(ValueError, match=r"need a codec of length\.filled"):
+        filled(pixels(), num_tokens=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="set prefixes: true"):
+        build(length=TINY["length"]["filled"] | {"prefixes": False})

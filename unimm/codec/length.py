@@ -137,12 +137,23 @@ class SequenceLength(LengthPolicy):
         rows, columns: of the encoder's grid.
         tokens: length of the sequence.
         prefixes: whether the first codes alone stand for the picture too, more coarsely (One-D-Piece, 2501.10064).
+        filled: whether the decoder sees as many positions whatever the number of codes, those without a code as one
+            learned vector (nested dropout, 1402.0915), so that pictures of several lengths are decoded together; else
+            it sees the codes alone.
+
+    Raises:
+        ValueError: filled, where all pictures have all codes.
     """
 
     rows: int
     columns: int
     tokens: int
     prefixes: bool = False
+    filled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.filled and not self.prefixes:
+            raise ValueError("length.filled fills positions without codes; set prefixes: true, or leave it out.")
 
     def grids(self) -> list[tuple[int, int]]:
         return [(self.rows, self.columns)]

@@ -69,7 +69,7 @@ class VisualCodecModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _keep_in_fp32_modules_strict = ["encoder", "resampler", "quantizer", "decoder"]
+    _keep_in_fp32_modules_strict = ["encoder", "resampler", "quantizer", "decoder", "absent"]
 
     config: VisualCodecConfig
     quantizer: Quantizer
@@ -89,6 +89,7 @@ class VisualCodecModel(PreTrainedModel):
         self.decoder = DECODERS[config.decoder["kind"]][1](decoder)
         self.decoder_options: DecoderOptions = decoder
         self.dim = self.quantizer.out_dim(resampler.dim)
+        self.absent = nn.Parameter(torch.zeros(self.dim)) if getattr(self.length, "filled", False) else None
         self.post_init()
 
     @classmethod
@@ -168,6 +169,14 @@ class VisualCodecModel(PreTrainedModel):
             return self._latents(codes)
         return self.quantizer.lookup(codes.ids.masked_fill(~codes.mask[..., None], 0))
 
+    def _filled(self, vectors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Vectors `[B, N, D]`, of a codec whose decoder sees all positions as `[B, tokens, D]`."""
+        if self.absent is None:
+            return vectors
+        missing = self.length.max_length - vectors.shape[1]
+        vectors, mask = F.pad(vectors, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+        return torch.where(mask[..., None], vectors, self.absent)
+
     def code_vectors(self) -> tuple[torch.Tensor, ...]:
         """What each code of each slot stands for, K times float32 `[size, D of the slot]`."""
         return self.quantizer.code_vectors()
@@ -194,11 +203,12 @@ class VisualCodecModel(PreTrainedModel):
         grid = self._check_codes(codes)
         self._check_condition(condition, len(codes))
         with torch.no_grad():
+            vectors = self._filled(self.lookup(codes), codes.mask)
             if self.length.ragged:
-                return self.decoder(self.resampler.restore(self.lookup(codes), grid), codes.mask)
+                return self.decoder(self.resampler.restore(vectors, grid), codes.mask)
             if isinstance(self.decoder, Flow):
-                return self.decoder(self.resampler.restore(self.lookup(codes), grid), generator)
-            return self._draw(self.lookup(codes), grid, condition, self._drawn_size(codes))
+                return self.decoder(self.resampler.restore(vectors, grid), generator)
+            return self._draw(vectors, grid, condition, self._drawn_size(codes))
 
     def features(self, codes: VisualCodes) -> torch.Tensor:
         """What the codes mean rather than show: features `[B, M, D]` that the codec rebuilds of a vision tower.
@@ -245,11 +255,29 @@ class VisualCodecModel(PreTrainedModel):
         return self.decode(self.encode(pixel_values), condition=condition)
 
     def forward(
-        self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None, num_tokens: int | None = None
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        condition: torch.Tensor | None = None,
+        num_tokens: int | torch.Tensor | None = None,
     ) -> CodecOutput:
-        """A differentiable trip through the quantizer, for training; `num_tokens` as for `encode`."""
+        """A differentiable trip through the quantizer, for training.
+
+        Args:
+            pixel_values, condition: as for `encode` and `decode`.
+            num_tokens: as for `encode`, or int64 `[B]`, a number for each picture, where `length.filled` is set.
+
+        Raises:
+            ValueError: as both, or numbers for each picture of a codec that cannot draw them together.
+        """
         pixel_values = self._fit(pixel_values)
-        arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
+        most = num_tokens if not isinstance(num_tokens, torch.Tensor) else int(num_tokens.max())
+        if isinstance(num_tokens, torch.Tensor) and (self.absent is None or int(num_tokens.min()) < 1):
+            raise ValueError(
+                f"num_tokens are {num_tokens.tolist()}; numbers for each picture, of 1 or more, need a codec of "
+                "length.filled: true."
+            )
+        arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), most)
         self._check_condition(condition, len(pixel_values))
         if isinstance(self.resampler, SelectResampler):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
@@ -259,6 +287,12 @@ class VisualCodecModel(PreTrainedModel):
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
         ids = quantized.ids[:, : arrangement.length]
+        if self.absent is not None:
+            wanted = torch.as_tensor(arrangement.length if num_tokens is None else num_tokens, device=ids.device)
+            places = torch.arange(arrangement.length, device=ids.device)
+            mask = (places < wanted.view(-1, 1)).expand(ids.shape[:2])
+            grid, vectors = self.length.drawn_grid(self.length.max_length), self._filled(vectors, mask)
+            ids = ids.masked_fill(~mask[..., None], 0)
         if isinstance(self.decoder, Flow):
             denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
             return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss)
@@ -345,10 +379,10 @@ class VisualCodecModel(PreTrainedModel):
 
     def _check_codes(self, codes: VisualCodes) -> tuple[int, int]:
         if self.length.layout != "grid":
-            if not self.length.ragged and not bool(codes.mask.all()):
+            if not self.length.ragged and self.absent is None and not bool(codes.mask.all()):
                 raise ValueError(f"Codes have lengths {codes.lengths.tolist()}; decode one length at a time.")
             self.length.check_length(codes.ids.shape[1])
-            return self.length.drawn_grid(codes.ids.shape[1])
+            return self.length.drawn_grid(codes.ids.shape[1] if self.absent is None else self.length.max_length)
         if codes.grid is None or len(set(codes.grid)) != 1:
             raise ValueError(f"Codes have grids {codes.grid}; decode pictures of one (rows, columns) at a time.")
         self.length.check_grid(codes.grid[0])
