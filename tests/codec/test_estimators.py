@@ -15,7 +15,9 @@ from unimm.codec.quantizers.estimators import bit_entropy_gap, entropy_gap
 
 def codebook(seed=0, **options):
     torch.manual_seed(seed)
-    return VQ(VQConfig(**{"size": 12, "dim": 4, "project": False, "normalize": False} | options), dim=4).train()
+    plain = {"size": 12, "dim": 4, "project": False, "normalize": False}
+    plain["metric"] = "dot" if options.get("estimator") == "weighed" else "l2"
+    return VQ(VQConfig(**plain | options), dim=4).train()
 
 
 def vectors(seed=0, number=9):
@@ -139,6 +141,7 @@ def test_entropy_spreads_signs_and_rows():
         ({"estimator": "straight"}, "must be one of copied, rotated, weighed"),
         ({"reanchor": True, "ema_decay": 0.9}, "neither re-anchored nor weighed"),
         ({"estimator": "weighed", "map_rows": True}, "neither re-anchored nor weighed"),
+        ({"estimator": "weighed", "metric": "l2"}, "choose by them too: metric: dot"),
         ({"kmeans_steps": 3, "map_rows": True}, "set one of the two"),
     ],
 )

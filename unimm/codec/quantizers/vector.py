@@ -105,6 +105,8 @@ class VQ(Quantizer):
             raise ValueError(
                 "Rows that an EMA or a map moves are neither re-anchored nor weighed; leave one of them out."
             )
+        if config.estimator == "weighed" and config.metric == "l2" and not config.normalize:
+            raise ValueError("estimator 'weighed' learns by dot products; choose by them too: metric: dot.")
         if config.kmeans_steps and config.map_rows:
             raise ValueError(
                 "kmeans_steps moves rows, and map_rows leaves them as they were drawn; set one of the two."
