@@ -46,6 +46,8 @@ class CodecOutput(ModelOutput):
         features: of a codec that rebuilds features beside pixels.
         velocity_loss: scalar, of a codec that draws by a flow; its reconstruction is then what one prediction makes of
             the noisy picture.
+        vectors: float32 `[B, N, D]`, what all codes of a picture stand for, with those that `num_tokens` leaves out;
+            None where pictures of one size differ in their number.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -53,6 +55,7 @@ class CodecOutput(ModelOutput):
     quantizer_loss: torch.Tensor | None = None
     features: torch.Tensor | None = None
     velocity_loss: torch.Tensor | None = None
+    vectors: torch.Tensor | None = None
 
 
 class VisualCodecModel(PreTrainedModel):
@@ -260,9 +263,11 @@ class VisualCodecModel(PreTrainedModel):
         ids = quantized.ids[:, : arrangement.length]
         if isinstance(self.decoder, Flow):
             denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
-            return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss)
+            return CodecOutput(
+                denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=quantized.vectors
+            )
         drawn = self._draw(vectors, grid, condition, (pixel_values.shape[2], pixel_values.shape[3]))
-        output = CodecOutput(drawn, ids, quantized.loss)
+        output = CodecOutput(drawn, ids, quantized.loss, vectors=quantized.vectors)
         if isinstance(self.decoder, TwoSidedDecoder) and self.decoder_options.makes_features:
             output.features = self.decoder.features(self.resampler.restore(vectors, grid))
         return output

@@ -1,6 +1,6 @@
 """What a codec can be trained towards besides its pixels: features of frozen models, and the judgement of a critic.
 
-All live outside the codec, which knows nothing of them.
+All live outside the codec, which knows nothing of them. Those with heads of their own are in `heads` and `contrast`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 EPS = 1e-4
 LARGEST_WEIGHT = 1e4  # of the adaptive weight
@@ -21,9 +21,10 @@ class FeatureConfig:
     """A frozen vision model, by anything that `AutoModel` loads.
 
     Args:
-        model: its folder or Hub name; empty for none.
+        model: its folder or Hub name, with its image processor; of a model of pictures and texts, the part that sees is
+            taken. Empty for none.
         weight: of the loss.
-        layers: of its hidden states that are compared; of a distillation, the one that is rebuilt.
+        layers: of its hidden states that are compared; where features are rebuilt, the last one named.
     """
 
     model: str = ""
@@ -52,25 +53,59 @@ class CriticConfig:
 
 
 class FrozenFeatures:
-    """Hidden states of a frozen model, of pixels in [-1, 1] resized to its own size and range.
+    """Hidden states of a frozen model, of pixels in [-1, 1] brought to its own size and range.
 
     Raises:
-        ValueError: a model that names no size of its pictures.
+        ValueError: a model that names no size of its pictures, or has no image processor, which knows their range.
     """
 
     def __init__(self, config: FeatureConfig) -> None:
         self.layers = config.layers
-        self.model: PreTrainedModel = AutoModel.from_pretrained(config.model).eval().requires_grad_(False)
-        if "image_size" not in self.model.config.to_dict():
+        whole = AutoConfig.from_pretrained(config.model)
+        seeing = getattr(whole, "vision_config", whole)
+        self.side = seeing.to_dict().get("image_size")
+        if not isinstance(self.side, int):
             raise ValueError(f"{config.model} names no image_size; take a vision model that does.")
-        self.side = self.model.config.image_size
+        try:
+            processor = AutoImageProcessor.from_pretrained(config.model)
+        except OSError as error:
+            raise ValueError(
+                f"{config.model} has no image processor, and it alone knows the range of the model's pixels; save one "
+                "there."
+            ) from error
+        self.mean, self.std = (torch.tensor(of)[:, None, None] for of in (processor.image_mean, processor.image_std))
+        self.model: PreTrainedModel = AutoModel.from_pretrained(config.model, config=seeing)
+        self.model.eval().requires_grad_(False)
 
     def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """float `[B, 3, H, W]` to the hidden states `[B, N, D]`, of unit length at every position."""
         self.model.to(pixels.device)
         resized = F.interpolate(pixels, (self.side, self.side), mode="bicubic", align_corners=False, antialias=True)
-        states = self.model(pixel_values=resized, output_hidden_states=True).hidden_states
+        normal = ((resized + 1) / 2 - self.mean.to(pixels)) / self.std.to(pixels)
+        states = self.model(pixel_values=normal, output_hidden_states=True).hidden_states
         return [F.normalize(states[layer].float(), dim=-1) for layer in self.layers]
+
+
+class CellFeatures:
+    """What a frozen vision transformer sees in each square of a picture; class and register tokens fall out.
+
+    Raises:
+        ValueError: as `FrozenFeatures`, or a model of another form.
+    """
+
+    def __init__(self, config: FeatureConfig) -> None:
+        self.features = FrozenFeatures(config)
+        fields = self.features.model.config.to_dict()
+        if missing := [name for name in ("patch_size", "hidden_size") if not isinstance(fields.get(name), int)]:
+            raise ValueError(
+                f"{config.model} has no {' or '.join(missing)}; take a vision transformer over square patches."
+            )
+        self.num_cells, self.width = (self.features.side // fields["patch_size"]) ** 2, fields["hidden_size"]
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float `[B, 3, H, W]` to the last of the layers, `[B, num_cells, width]`, of unit length in every cell."""
+        return self.features(pixels)[-1][:, -self.num_cells :]
 
 
 def perceptual_loss(features: FrozenFeatures, drawn: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -81,20 +116,24 @@ def perceptual_loss(features: FrozenFeatures, drawn: torch.Tensor, pixels: torch
     return torch.stack([(one - other).square().sum(dim=-1).mean() for one, other in pairs]).mean()
 
 
-def distillation_loss(features: FrozenFeatures, rebuilt: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """One minus the cosine between rebuilt features `[B, M, D]` and the frozen ones of the last of the layers.
+def distillation_loss(features: CellFeatures, rebuilt: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """One minus the mean cosine between rebuilt features `[B, M, D]` and the frozen ones.
 
     Raises:
         ValueError: their shapes differ.
     """
-    with torch.no_grad():
-        wanted = features(pixels)[-1][:, -rebuilt.shape[1] :]  # a class token comes first
+    wanted = features(pixels)
     if wanted.shape != rebuilt.shape:
         raise ValueError(
             f"The codec rebuilds features {tuple(rebuilt.shape[1:])}, the frozen model has {tuple(wanted.shape[1:])}; "
             "make the decoder's width and grid those of the model."
         )
-    return 1 - (F.normalize(rebuilt.float(), dim=-1) * wanted).sum(dim=-1).mean()
+    return cosine_loss(rebuilt, wanted)
+
+
+def cosine_loss(features: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """One minus the mean cosine between features and unit ones, both `[B, M, D]`."""
+    return 1 - (F.normalize(features.float(), dim=-1) * wanted).sum(dim=-1).mean()
 
 
 class PatchCritic(nn.Module):
