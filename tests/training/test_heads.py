@@ -205,8 +205,14 @@ def test_a_model_of_another_form_or_without_its_processor_teaches_nothing(tmp_pa
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="over square patches"):
         CellFeatures(FeatureConfig(str(tmp_path)))
-    with pytest.raises(ValueError, match="of model_type 'convnext'; take one of clip"):
-        TextTower(str(tmp_path))
+    objectives = {
+        "of model_type 'convnext'; take one of clip": {"contrast": {"model": str(tmp_path)}},
+        "over square patches": {"align": {"x": {"model": str(tmp_path)}}},
+    }
+    for said, objective in objectives.items():
+        with pytest.raises(ValueError, match=said):
+            train_codec(from_dict(CodecRecipe, recipe_of(tmp_path, "run", GRID, **objective)))
+    assert not (tmp_path / "run").exists()
 
 
 def recipe_of(folder, name, model, **objectives):

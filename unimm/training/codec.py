@@ -17,7 +17,7 @@ from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.scorers.reconstruction import psnr
-from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead
+from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead, text_tower
 from unimm.training.heads import (
     AlignmentConfig,
     AlignmentHead,
@@ -36,7 +36,9 @@ from unimm.training.objectives import (
     FrozenFeatures,
     PixelCritic,
     distillation_loss,
+    patch_tower,
     perceptual_loss,
+    vision_tower,
 )
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
@@ -198,7 +200,7 @@ class CodecTask:
 
 
 def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
-    """Raise `ValueError` where a codec cannot be trained towards what the recipe names."""
+    """Raise `ValueError` where a codec cannot be trained towards what the recipe names, before anything is loaded."""
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
         raise ValueError("distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'.")
     for name, config in recipe.align.items():
@@ -207,6 +209,12 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
         check_branches(f"disentangle is {recipe.disentangle:g}", codec)
     if recipe.contrast.model:
         check_length("contrast", codec)
+        text_tower(recipe.contrast.model)
+    if recipe.perceptual.model:
+        vision_tower(recipe.perceptual.model)
+    for teacher in (recipe.distill, *recipe.align.values()):
+        if teacher.model:
+            patch_tower(teacher.model)
 
 
 def begun_codec(fields: dict[str, Any]) -> VisualCodecModel:

@@ -59,25 +59,36 @@ class ContrastConfig:
     weight: float = 1.0
 
 
-class TextTower:
-    """Captions to unit embeddings.
+def text_tower(name: str) -> type[PreTrainedModel]:
+    """The class of a saved model of texts.
 
     Raises:
         ValueError: another kind of model.
     """
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in TEXT_TOWERS:
+        raise ValueError(
+            f"contrast.model is {name}, of model_type {config.model_type!r}; take one of {', '.join(TEXT_TOWERS)}."
+        )
+    if CLIPTextModel.__name__ in (config.architectures or ()):
+        return CLIPTextModel  # it was saved without a projection
+    return TEXT_TOWERS[config.model_type]
+
+
+class TextTower:
+    """Captions to unit embeddings.
+
+    Raises:
+        ValueError: as `text_tower`.
+    """
 
     def __init__(self, name: str) -> None:
-        config = AutoConfig.from_pretrained(name)
-        tower = TEXT_TOWERS.get(config.model_type)
-        if tower is None:
-            raise ValueError(
-                f"contrast.model is {name}, of model_type {config.model_type!r}; take one of {', '.join(TEXT_TOWERS)}."
-            )
-        if CLIPTextModel.__name__ in (config.architectures or ()):
-            tower = CLIPTextModel  # it was saved without a projection
+        tower = text_tower(name)
         self.model = tower.from_pretrained(name).to(PartialState(cpu=ON_CPU).device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.padding = "max_length" if config.model_type.startswith("siglip") else "longest"  # each as it was trained
+        self.padding = (
+            "max_length" if self.model.config.model_type.startswith("siglip") else "longest"
+        )  # each as it was trained
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:

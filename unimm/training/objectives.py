@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
 EPS = 1e-4
 LARGEST_WEIGHT = 1e4  # of the adaptive weight
@@ -52,29 +52,70 @@ class CriticConfig:
     adaptive: bool = True
 
 
-class FrozenFeatures:
-    """Hidden states of a frozen model, of pixels in [-1, 1] brought to its own size and range.
+@dataclass(frozen=True)
+class VisionTower:
+    """What is known of a saved vision model before its weights are read.
+
+    Args:
+        config: of the part that sees.
+        mean, std: of the three channels, of pixels in [0, 1], as the model knows them.
+    """
+
+    config: PreTrainedConfig
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def side(self) -> int:
+        """Pixels of its pictures."""
+        return self.config.image_size
+
+
+def vision_tower(model: str) -> VisionTower:
+    """A vision model, or that part of a model of pictures and texts, by folder or Hub name.
 
     Raises:
         ValueError: a model that names no size of its pictures, or has no image processor, which knows their range.
     """
+    whole = AutoConfig.from_pretrained(model)
+    config = getattr(whole, "vision_config", whole)
+    if not isinstance(config.to_dict().get("image_size"), int):
+        raise ValueError(f"{model} names no image_size; take a vision model that does.")
+    try:
+        processor = AutoImageProcessor.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(
+            f"{model} has no image processor, and it alone knows the range of the model's pixels; save one there."
+        ) from error
+    return VisionTower(config, list(processor.image_mean), list(processor.image_std))
+
+
+def patch_tower(model: str) -> VisionTower:
+    """The same, of a transformer that reads squares of pixels.
+
+    Raises:
+        ValueError: as `vision_tower`, or a model of another form.
+    """
+    tower = vision_tower(model)
+    fields = tower.config.to_dict()
+    if missing := [name for name in ("patch_size", "hidden_size") if not isinstance(fields.get(name), int)]:
+        raise ValueError(f"{model} has no {' or '.join(missing)}; take a vision transformer over square patches.")
+    return tower
+
+
+class FrozenFeatures:
+    """Hidden states of a frozen model, of pixels in [-1, 1] brought to its own size and range.
+
+    Raises:
+        ValueError: as `vision_tower`.
+    """
 
     def __init__(self, config: FeatureConfig) -> None:
         self.layers = config.layers
-        whole = AutoConfig.from_pretrained(config.model)
-        seeing = getattr(whole, "vision_config", whole)
-        self.side = seeing.to_dict().get("image_size")
-        if not isinstance(self.side, int):
-            raise ValueError(f"{config.model} names no image_size; take a vision model that does.")
-        try:
-            processor = AutoImageProcessor.from_pretrained(config.model)
-        except OSError as error:
-            raise ValueError(
-                f"{config.model} has no image processor, and it alone knows the range of the model's pixels; save one "
-                "there."
-            ) from error
-        self.mean, self.std = (torch.tensor(of)[:, None, None] for of in (processor.image_mean, processor.image_std))
-        self.model: PreTrainedModel = AutoModel.from_pretrained(config.model, config=seeing)
+        tower = vision_tower(config.model)
+        self.side = tower.side
+        self.mean, self.std = (torch.tensor(of)[:, None, None] for of in (tower.mean, tower.std))
+        self.model: PreTrainedModel = AutoModel.from_pretrained(config.model, config=tower.config)
         self.model.eval().requires_grad_(False)
 
     def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -90,17 +131,13 @@ class CellFeatures:
     """What a frozen vision transformer sees in each square of a picture; class and register tokens fall out.
 
     Raises:
-        ValueError: as `FrozenFeatures`, or a model of another form.
+        ValueError: as `patch_tower`.
     """
 
     def __init__(self, config: FeatureConfig) -> None:
+        tower = patch_tower(config.model).config
+        self.num_cells, self.width = (tower.image_size // tower.patch_size) ** 2, tower.hidden_size
         self.features = FrozenFeatures(config)
-        fields = self.features.model.config.to_dict()
-        if missing := [name for name in ("patch_size", "hidden_size") if not isinstance(fields.get(name), int)]:
-            raise ValueError(
-                f"{config.model} has no {' or '.join(missing)}; take a vision transformer over square patches."
-            )
-        self.num_cells, self.width = (self.features.side // fields["patch_size"]) ** 2, fields["hidden_size"]
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
