@@ -1,7 +1,7 @@
 """Strict YAML to dataclass: a recipe is a file, `key=value` overrides it, and an unknown key is an error.
 
-A dataclass lives beside the code that reads it; this module only fills it. Fields are scalars, tuples of scalars, dicts
-of scalars, nested dataclasses, or `X | None`.
+A dataclass lives beside the code that reads it; this module only fills it. Fields are scalars, dataclasses, tuples or
+dicts of either, or `X | None`.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ def _plain(value: Any) -> Any:
         return to_dict(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 
@@ -116,7 +118,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a mapping, it is {value!r}.")
-        return {key: _coerce(item, args[1], f"{where}.{key}") for key, item in value.items()}
+        keys = [_coerce_scalar(key, args[0], f"{where}: a key") for key in value]
+        return {key: _coerce(value[key], args[1], f"{where}.{key}") for key in keys}
     return _coerce_scalar(value, hint, where)
 
 

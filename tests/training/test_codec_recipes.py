@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModel, ViTConfig, ViTModel
+from safetensors.torch import load_file
+from towers import whole_model, write_text_tower, write_tower
+from transformers import AutoModel
 
-from unimm.codec import VisualCodecModel
+from unimm.codec import VisualCodecConfig, VisualCodecModel
 from unimm.config import from_dict
-from unimm.training.codec import CodecRecipe, CodecTask, last_weight
+from unimm.training.codec import CodecRecipe, CodecTask, last_weight, train_codec
 from unimm.training.objectives import (
+    CellFeatures,
     CriticConfig,
     FeatureConfig,
     FrozenFeatures,
@@ -61,11 +64,12 @@ def test_two_steps_of_every_recipe(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tower")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes), add_pooling_layer=False).save_pretrained(folder)
-    return str(folder)
+    return write_tower(tmp_path_factory.mktemp("tower"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_text_tower(whole_model("clip"), tmp_path_factory.mktemp("texts"))
 
 
 def pixels(seed=0):
@@ -84,9 +88,9 @@ def test_a_perceptual_loss_is_nothing_for_the_picture_itself_and_reaches_pixels(
 
 
 def test_a_distillation_is_done_where_features_are_the_towers_own(tower):
-    features = FrozenFeatures(FeatureConfig(tower))
+    features = CellFeatures(FeatureConfig(tower))
     own = AutoModel.from_pretrained(tower)(pixel_values=pixels()).last_hidden_state[:, 1:]
-    last = features.model(pixel_values=pixels(), output_hidden_states=True).hidden_states[-1][:, 1:]
+    last = features.features.model(pixel_values=pixels(), output_hidden_states=True).hidden_states[-1][:, 1:]
     assert distillation_loss(features, 3 * last, pixels()) == pytest.approx(0, abs=1e-5)
     assert distillation_loss(features, -last, pixels()) == pytest.approx(2, abs=1e-5)
     assert own.shape == last.shape
@@ -123,7 +127,7 @@ def test_a_critic_waits_and_then_learns_to_tell():
     assert told[-1] < told[0] - 0.1
 
 
-def everything(tower, tmp_path, name, steps):
+def everything(tower, texts, tmp_path, name, steps):
     """A recipe with every objective, over a codec that draws and means."""
     grid = {"channels": [32, 32, 32, 32], "blocks": 1, "code_channels": 8}
     features = {"dim": 8, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 24, "table_side": 4}
@@ -142,6 +146,9 @@ def everything(tower, tmp_path, name, steps):
         },
         "perceptual": {"model": tower, "weight": 0.5},
         "distill": {"model": tower},
+        "align": {"pixels": {"model": tower, "slot": 0}, "meaning": {"model": tower, "slot": 1, "weight": 0.3}},
+        "disentangle": 0.1,
+        "contrast": {"model": texts, "weight": 0.1},
         "critic": {"weight": 0.1, "channels": 8, "layers": 2},
         "optimizer": {"steps": 4, "warmup": 1},
         "logging": {"every": 1, "validate_every": 10, "save_every": 2},
@@ -151,11 +158,14 @@ def everything(tower, tmp_path, name, steps):
     return path, recipe
 
 
-def test_all_objectives_together_go_on_on_the_same_curve(tower, tmp_path, monkeypatch):
-    path, recipe = everything(tower, tmp_path, "whole", 4)
+def test_all_objectives_together_go_on_on_the_same_curve(tower, texts, tmp_path, monkeypatch):
+    path, recipe = everything(tower, texts, tmp_path, "whole", 4)
     whole = {record["step"]: record for record in train(path).metrics() if "loss" in record}
-    assert {"perceptual", "distill", "judged", "critic"} <= whole[1].keys()
-    path, _ = everything(tower, tmp_path, "killed", 4)
+    taught = {"align_pixels", "align_meaning", "disentangle", "contrast"}
+    assert {"perceptual", "distill", "judged", "critic"} | taught <= whole[1].keys()
+    saved = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    assert saved.keys() == VisualCodecModel(VisualCodecConfig(**recipe["model"])).state_dict().keys()  # no heads
+    path, _ = everything(tower, texts, tmp_path, "killed", 4)
     losses, done = CodecTask.losses, []
 
     def killed(task, model, step, rank):
@@ -170,13 +180,15 @@ def test_all_objectives_together_go_on_on_the_same_curve(tower, tmp_path, monkey
     again = {record["step"]: record for record in train(path).metrics() if "loss" in record}
     for step in whole:
         assert again[step]["loss"] == pytest.approx(whole[step]["loss"], rel=1e-5)
-        assert again[step]["critic"] == pytest.approx(whole[step]["critic"], rel=1e-5)
+        for name in ("critic", *taught):
+            assert again[step][name] == pytest.approx(whole[step][name], rel=1e-5), name
     task = CodecTask(from_dict(CodecRecipe, recipe), Pool(np.zeros((0, 32, 32, 3), np.uint8), {}))
     assert last_weight(task.codec.decoder) is task.codec.decoder.pixels.out.weight
 
 
-def test_a_codec_without_features_cannot_be_distilled(tower, tmp_path):
-    _, recipe = everything(tower, tmp_path, "plain", 1)
+def test_a_codec_without_features_cannot_be_distilled(tower, texts, tmp_path):
+    _, recipe = everything(tower, texts, tmp_path, "plain", 1)
     recipe["model"] = {"image_size": 32, "encoder": {"kind": "conv"}, "decoder": {"kind": "conv"}}
     with pytest.raises(ValueError, match="decoder of kind 'dual'"):
-        CodecTask(from_dict(CodecRecipe, recipe), Pool(np.zeros((0, 32, 32, 3), np.uint8), {}))
+        train_codec(from_dict(CodecRecipe, recipe))
+    assert not list(tmp_path.glob("plain/*"))  # before a picture is rendered

@@ -47,6 +47,8 @@ class CodecOutput(ModelOutput):
         features: of a codec that rebuilds features beside pixels.
         velocity_loss: scalar, of a codec that draws by a flow; its reconstruction is then what one prediction makes of
             the noisy picture.
+        vectors: float32 `[B, N, D]`, what all codes of a picture stand for, with those that `num_tokens` leaves out;
+            None where pictures of one size differ in their number.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -54,6 +56,7 @@ class CodecOutput(ModelOutput):
     quantizer_loss: torch.Tensor | None = None
     features: torch.Tensor | None = None
     velocity_loss: torch.Tensor | None = None
+    vectors: torch.Tensor | None = None
 
 
 class VisualCodecModel(PreTrainedModel):
@@ -295,9 +298,12 @@ class VisualCodecModel(PreTrainedModel):
             ids = ids.masked_fill(~mask[..., None], 0)
         if isinstance(self.decoder, Flow):
             denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
-            return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss)
+            return CodecOutput(
+                denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=quantized.vectors
+            )
         size = (pixel_values.shape[2], pixel_values.shape[3])
-        output = CodecOutput(self._draw(vectors, grid, condition, size), ids, quantized.loss)
+        drawn = self._draw(vectors, grid, condition, size)
+        output = CodecOutput(drawn, ids, quantized.loss, vectors=quantized.vectors)
         if self.decoder_options.makes_features and self.decoder_options.makes_pixels:
             output.features = self._features(vectors, grid, size)
         return output

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from unimm.data.worlds import WORLDS, Example
-from unimm.data.worlds.base import SIDE
-from unimm.files import atomic_write
 
 
 class Mixture:
@@ -41,18 +37,11 @@ class Mixture:
         return self.names[choice], self.worlds[choice].example(index)
 
 
-def render_pool(mixture: Mixture, size: int, path: Path) -> np.ndarray:
-    """`size` pictures as a memory-mapped uint8 `[size, H, W, 3]`, rendered unless `path` holds them already."""
-    if not path.exists():
-        with atomic_write(path) as temporary:
-            pool = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(size, SIDE, SIDE, 3))
-            for index in tqdm(range(size), desc="rendering"):
-                pool[index] = np.asarray(mixture.example(index)[1].image)
-            pool.flush()
-    pool = np.load(path, mmap_mode="r")
-    if len(pool) != size:
-        raise ValueError(f"{path} holds {len(pool)} pictures, the recipe asks for {size}; delete the file.")
-    return pool
+def render(mixture: Mixture, size: int) -> Iterator[tuple[np.ndarray, str]]:
+    """The first `size` pictures, uint8 `[H, W, 3]`, each with the canonical one of its captions."""
+    for index in range(size):
+        example = mixture.example(index)[1]
+        yield np.asarray(example.image), example.captions[0]
 
 
 def to_pixel_values(pictures: np.ndarray) -> torch.Tensor:

@@ -150,14 +150,23 @@ def len_units(dataset: IterableDataset) -> int:
     return min(dataset.num_shards, MAX_UNITS)
 
 
-def read_pictures(source: Source, image_processor: VisualCodecImageProcessor, *, limit: int) -> Iterator[np.ndarray]:
-    """At most `limit` readable pictures of a source in order, uint8 `[H, W, 3]` of the codec's size."""
+def read_pictures(
+    source: Source, image_processor: VisualCodecImageProcessor, *, limit: int
+) -> Iterator[tuple[np.ndarray, str]]:
+    """At most `limit` readable pictures of a source in order, uint8 `[H, W, 3]` of the codec's size, with captions.
+
+    Without a column of captions all are empty; with one, pictures that have none are left out.
+    """
     for example in open_source(source):
+        caption = "" if source.text is None else _field(example, source.text)
+        if source.text is not None and not caption:
+            continue
         try:
             picture = ImageFeature().decode_example(example[source.image])
-            yield image_processor.process_image(picture).transpose(1, 2, 0)
+            pixels = image_processor.process_image(picture).transpose(1, 2, 0)
         except UNREADABLE:
             continue
+        yield pixels, caption
         limit -= 1
         if not limit:
             return

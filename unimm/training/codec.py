@@ -9,22 +9,37 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import nn
 
-from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel
+from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, socket_config
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
 from unimm.codec.streams import StreamsDecoder
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.scorers.reconstruction import psnr
-from unimm.training.loop import Critic, LoggingConfig, LoopConfig, run_loop
+from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead, text_tower
+from unimm.training.heads import (
+    AlignmentConfig,
+    AlignmentHead,
+    CodecWithHeads,
+    check_alignment,
+    check_branches,
+    check_length,
+    count_vectors,
+    disentangling_loss,
+)
+from unimm.training.loop import ON_CPU, Critic, LoggingConfig, LoopConfig, run_loop
 from unimm.training.objectives import (
+    CellFeatures,
     CriticConfig,
     FeatureConfig,
     FrozenFeatures,
     PixelCritic,
     distillation_loss,
+    patch_tower,
     perceptual_loss,
+    vision_tower,
 )
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet
@@ -53,11 +68,17 @@ class CodecRecipe:
         model: keys of `VisualCodecConfig`; `encoder.tower` may name a saved vision model.
         perceptual: a frozen model whose features of the copy should be those of the picture.
         distill: a frozen model whose features the codec's own decoder of features rebuilds.
+        align: frozen models whose features a head beside the codec reads from the codes, by a name for the log.
+        disentangle: weight of the mean squared cosine between the branches of a product (FQGAN, 2411.16681).
+        contrast: a frozen model of texts, whose embedding of a caption should be nearest to the codes of its picture.
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes, one of which is drawn at each step, so that few codes stand for a picture too
             (nested dropout, 1402.0915); empty for the codec's own.
         bf16: whether to compute in it; None where the processor is fast in it.
         ema_decay: of a moving average of the weights, which is what is judged and saved; None for none.
+
+    Raises:
+        ValueError: a contrast with captions that nothing names.
     """
 
     task: str
@@ -69,10 +90,20 @@ class CodecRecipe:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     perceptual: FeatureConfig = field(default_factory=FeatureConfig)
     distill: FeatureConfig = field(default_factory=FeatureConfig)
+    align: dict[str, AlignmentConfig] = field(default_factory=dict)
+    disentangle: float = 0.0
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: tuple[int, ...] = ()
     bf16: bool | None = None
     ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.contrast.model and not self.data.has_captions:
+            raise ValueError(
+                f"contrast.model is {self.contrast.model}, and the pictures of {self.data.source} come without "
+                "captions; name their column in data.text."
+            )
 
 
 class CodecTask:
@@ -82,17 +113,36 @@ class CodecTask:
         self.recipe = recipe
         self.pool = pool.pictures
         self.codec = begun_codec(recipe.model).to(memory_format=torch.channels_last)
-        self.model: nn.Module = self.codec
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
         self.perceptual = FrozenFeatures(recipe.perceptual) if recipe.perceptual.model else None
-        self.distill = FrozenFeatures(recipe.distill) if recipe.distill.model else None
-        if self.distill is not None and not self.codec.decoder_options.makes_features:
-            raise ValueError(
-                "distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'."
-            )
+        self.distill = CellFeatures(recipe.distill) if recipe.distill.model else None
+        self.teachers = {f"align_{name}": CellFeatures(config) for name, config in recipe.align.items()}
+        self.captions: CaptionEmbeddings | None = None
+        if recipe.contrast.model:
+            with PartialState(cpu=ON_CPU).local_main_process_first():
+                path = RunDirectory(recipe.run).root / "captions.npy"
+                self.captions = CaptionEmbeddings(recipe.contrast, pool.captions, path)
+        self.model: nn.Module = CodecWithHeads(self.codec, self._heads())
         self.judge = PixelCritic(recipe.critic) if recipe.critic.weight else None
         self.critic: Critic | None = self.judge
+        self.weights = {
+            "perceptual": recipe.perceptual.weight,
+            "distill": recipe.distill.weight,
+            "disentangle": recipe.disentangle,
+            "contrast": recipe.contrast.weight,
+            **{f"align_{name}": config.weight for name, config in recipe.align.items()},
+        }
+
+    def _heads(self) -> dict[str, nn.Module]:
+        """By the names of their losses."""
+        heads: dict[str, nn.Module] = {}
+        length = count_vectors(self.codec) if self.teachers else 0
+        for (name, features), config in zip(self.teachers.items(), self.recipe.align.values(), strict=True):
+            heads[name] = AlignmentHead(config, self.codec, length, features)
+        if self.captions is not None:
+            heads["contrast"] = ContrastHead(self.codec.dim, self.captions.width)
+        return heads
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([self.recipe.run.seed, step, rank])
@@ -100,24 +150,29 @@ class CodecTask:
         pixels = resized(to_pixel_values(self.pool[picked]), self.codec.config.image_size)
         pixels = pixels.to(self.codec.device, memory_format=torch.channels_last)
         length = int(rng.choice(self.recipe.lengths)) if self.recipe.lengths else None
-        output = model(self.codec.from_shown(pixels), num_tokens=length)
+        wanted = {name: features(pixels) for name, features in self.teachers.items()}
+        if self.captions is not None:
+            wanted["contrast"] = self.captions[picked].to(pixels.device)
+        output, headed = model(self.codec.from_shown(pixels), length, wanted)
         drawn = self.codec.to_shown(output.reconstruction.float())
         losses = reconstruction_losses(drawn, pixels, self.recipe.loss)
-        losses["quantizer"] = output.quantizer_loss
-        total = losses["loss"] + output.quantizer_loss
+        named = {"quantizer": output.quantizer_loss}
         if output.velocity_loss is not None:
-            losses["velocity"] = output.velocity_loss
-            total = total + output.velocity_loss
+            named["velocity"] = output.velocity_loss
         if self.perceptual is not None:
-            losses["perceptual"] = perceptual_loss(self.perceptual, drawn, pixels)
-            total = total + self.recipe.perceptual.weight * losses["perceptual"]
+            named["perceptual"] = perceptual_loss(self.perceptual, drawn, pixels)
         if self.distill is not None:
-            losses["distill"] = distillation_loss(self.distill, output.features, pixels)
-            total = total + self.recipe.distill.weight * losses["distill"]
+            named["distill"] = distillation_loss(self.distill, output.features, pixels)
+        if self.recipe.disentangle:
+            named["disentangle"] = disentangling_loss(output.vectors, len(self.codec.quantizer.sizes))
+        named |= headed
+        total = losses["loss"]
+        for name, loss in named.items():
+            total = total + self.weights.get(name, 1.0) * loss
         if self.judge is not None:
-            losses["judged"] = self.judge.judgement(drawn, pixels, total, last_weight(self.codec.decoder), step)
-            total = total + losses["judged"]
-        return losses | {"loss": total}
+            named["judged"] = self.judge.judgement(drawn, pixels, total, last_weight(self.codec.decoder), step)
+            total = total + named["judged"]
+        return losses | named | {"loss": total}
 
     def validate(self) -> dict[str, float]:
         self.codec.eval()
@@ -145,6 +200,24 @@ class CodecTask:
         retire_duplicates(self.codec.eval(), self.pool[:COUNTED])
         self.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
         VisualCodecImageProcessor.for_codec(self.codec.config).save_pretrained(path)
+
+
+def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
+    """Raise `ValueError` where a codec cannot be trained towards what the recipe names, before anything is loaded."""
+    if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
+        raise ValueError("distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'.")
+    for name, config in recipe.align.items():
+        check_alignment(name, config, codec)
+    if recipe.disentangle:
+        check_branches(f"disentangle is {recipe.disentangle:g}", codec)
+    if recipe.contrast.model:
+        check_length("contrast", codec)
+        text_tower(recipe.contrast.model)
+    if recipe.perceptual.model:
+        vision_tower(recipe.perceptual.model)
+    for teacher in (recipe.distill, *recipe.align.values()):
+        if teacher.model:
+            patch_tower(teacher.model)
 
 
 def begun_codec(fields: dict[str, Any]) -> VisualCodecModel:
@@ -196,6 +269,7 @@ def train_codec(recipe: CodecRecipe) -> RunDirectory:
     """Train a codec and save it, with its image processor, under `model/` of the run directory."""
     torch.manual_seed(recipe.run.seed)
     config = VisualCodecConfig(**recipe.model)
+    check_objectives(recipe, config)
     pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
     return run_loop(CodecTask(recipe, pool), loop, recipe)

@@ -1,6 +1,6 @@
 """What a codec can be trained towards besides its pixels: features of frozen models, and the judgement of a critic.
 
-All live outside the codec, which knows nothing of them.
+All live outside the codec, which knows nothing of them. Those with heads of their own are in `heads` and `contrast`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 
 EPS = 1e-4
 LARGEST_WEIGHT = 1e4  # of the adaptive weight
@@ -21,9 +21,10 @@ class FeatureConfig:
     """A frozen vision model, by anything that `AutoModel` loads.
 
     Args:
-        model: its folder or Hub name; empty for none.
+        model: its folder or Hub name, with its image processor; of a model of pictures and texts, the part that sees is
+            taken. Empty for none.
         weight: of the loss.
-        layers: of its hidden states that are compared; of a distillation, the one that is rebuilt.
+        layers: of its hidden states that are compared; where features are rebuilt, the last one named.
     """
 
     model: str = ""
@@ -51,26 +52,97 @@ class CriticConfig:
     adaptive: bool = True
 
 
-class FrozenFeatures:
-    """Hidden states of a frozen model, of pixels in [-1, 1] resized to its own size and range.
+@dataclass(frozen=True)
+class VisionTower:
+    """What is known of a saved vision model before its weights are read.
+
+    Args:
+        config: of the part that sees.
+        mean, std: of the three channels, of pixels in [0, 1], as the model knows them.
+    """
+
+    config: PreTrainedConfig
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def side(self) -> int:
+        """Pixels of its pictures."""
+        return self.config.image_size
+
+
+def vision_tower(model: str) -> VisionTower:
+    """A vision model, or that part of a model of pictures and texts, by folder or Hub name.
 
     Raises:
-        ValueError: a model that names no size of its pictures.
+        ValueError: a model that names no size of its pictures, or has no image processor, which knows their range.
+    """
+    whole = AutoConfig.from_pretrained(model)
+    config = getattr(whole, "vision_config", whole)
+    if not isinstance(config.to_dict().get("image_size"), int):
+        raise ValueError(f"{model} names no image_size; take a vision model that does.")
+    try:
+        processor = AutoImageProcessor.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(
+            f"{model} has no image processor, and it alone knows the range of the model's pixels; save one there."
+        ) from error
+    return VisionTower(config, list(processor.image_mean), list(processor.image_std))
+
+
+def patch_tower(model: str) -> VisionTower:
+    """The same, of a transformer that reads squares of pixels.
+
+    Raises:
+        ValueError: as `vision_tower`, or a model of another form.
+    """
+    tower = vision_tower(model)
+    fields = tower.config.to_dict()
+    if missing := [name for name in ("patch_size", "hidden_size") if not isinstance(fields.get(name), int)]:
+        raise ValueError(f"{model} has no {' or '.join(missing)}; take a vision transformer over square patches.")
+    return tower
+
+
+class FrozenFeatures:
+    """Hidden states of a frozen model, of pixels in [-1, 1] brought to its own size and range.
+
+    Raises:
+        ValueError: as `vision_tower`.
     """
 
     def __init__(self, config: FeatureConfig) -> None:
         self.layers = config.layers
-        self.model: PreTrainedModel = AutoModel.from_pretrained(config.model).eval().requires_grad_(False)
-        if "image_size" not in self.model.config.to_dict():
-            raise ValueError(f"{config.model} names no image_size; take a vision model that does.")
-        self.side = self.model.config.image_size
+        tower = vision_tower(config.model)
+        self.side = tower.side
+        self.mean, self.std = (torch.tensor(of)[:, None, None] for of in (tower.mean, tower.std))
+        self.model: PreTrainedModel = AutoModel.from_pretrained(config.model, config=tower.config)
+        self.model.eval().requires_grad_(False)
 
     def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """float `[B, 3, H, W]` to the hidden states `[B, N, D]`, of unit length at every position."""
         self.model.to(pixels.device)
         resized = F.interpolate(pixels, (self.side, self.side), mode="bicubic", align_corners=False, antialias=True)
-        states = self.model(pixel_values=resized, output_hidden_states=True).hidden_states
+        normal = ((resized + 1) / 2 - self.mean.to(pixels)) / self.std.to(pixels)
+        states = self.model(pixel_values=normal, output_hidden_states=True).hidden_states
         return [F.normalize(states[layer].float(), dim=-1) for layer in self.layers]
+
+
+class CellFeatures:
+    """What a frozen vision transformer sees in each square of a picture; class and register tokens fall out.
+
+    Raises:
+        ValueError: as `patch_tower`.
+    """
+
+    def __init__(self, config: FeatureConfig) -> None:
+        tower = patch_tower(config.model).config
+        self.num_cells, self.width = (tower.image_size // tower.patch_size) ** 2, tower.hidden_size
+        self.features = FrozenFeatures(config)
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float `[B, 3, H, W]` to the last of the layers, `[B, num_cells, width]`, of unit length in every cell."""
+        return self.features(pixels)[-1][:, -self.num_cells :]
 
 
 def perceptual_loss(features: FrozenFeatures, drawn: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -81,20 +153,24 @@ def perceptual_loss(features: FrozenFeatures, drawn: torch.Tensor, pixels: torch
     return torch.stack([(one - other).square().sum(dim=-1).mean() for one, other in pairs]).mean()
 
 
-def distillation_loss(features: FrozenFeatures, rebuilt: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """One minus the cosine between rebuilt features `[B, M, D]` and the frozen ones of the last of the layers.
+def distillation_loss(features: CellFeatures, rebuilt: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """One minus the mean cosine between rebuilt features `[B, M, D]` and the frozen ones.
 
     Raises:
         ValueError: their shapes differ.
     """
-    with torch.no_grad():
-        wanted = features(pixels)[-1][:, -rebuilt.shape[1] :]  # a class token comes first
+    wanted = features(pixels)
     if wanted.shape != rebuilt.shape:
         raise ValueError(
             f"The codec rebuilds features {tuple(rebuilt.shape[1:])}, the frozen model has {tuple(wanted.shape[1:])}; "
             "make the decoder's width and grid those of the model."
         )
-    return 1 - (F.normalize(rebuilt.float(), dim=-1) * wanted).sum(dim=-1).mean()
+    return cosine_loss(rebuilt, wanted)
+
+
+def cosine_loss(features: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """One minus the mean cosine between features and unit ones, both `[B, M, D]`."""
+    return 1 - (F.normalize(features.float(), dim=-1) * wanted).sum(dim=-1).mean()
 
 
 class PatchCritic(nn.Module):

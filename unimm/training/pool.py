@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,11 +13,14 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor
-from unimm.data.pictures import Mixture, render_pool, to_pixel_values
+from unimm.data.pictures import Mixture, render, to_pixel_values
 from unimm.data.sources import Source, read_pictures
+from unimm.data.worlds.base import SIDE
 from unimm.files import atomic_write
 from unimm.training.loop import ON_CPU
 from unimm.training.run_directory import RunDirectory
+
+CAPTIONS = "captions.json"  # beside the pictures
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class PoolConfig:
     Args:
         worlds: world name to its share.
         source: Hub name, folder or file that `datasets` reads, with its pictures in the column `image`.
+        text: column of the source's captions, for objectives that read them; pictures without one are left out.
         pool_size: pictures rendered or read once, before the first step.
         batch_size: pictures per step and process.
 
@@ -34,6 +41,7 @@ class PoolConfig:
     worlds: dict[str, float] = field(default_factory=dict)
     source: str | None = None
     image: str = "image"
+    text: str | None = None
     pool_size: int = 30_000
     batch_size: int = 32
 
@@ -41,53 +49,84 @@ class PoolConfig:
         if bool(self.worlds) == bool(self.source):
             raise ValueError(f"data.worlds are {self.worlds} and data.source {self.source!r}; name one of them.")
 
+    @property
+    def has_captions(self) -> bool:
+        return bool(self.worlds) or self.text is not None
+
 
 @dataclass(frozen=True)
 class Pool:
-    """uint8 `[S, H, W, 3]` to learn from, and floats `[M, 3, H, W]` that training never shows, by world or source."""
+    """Pictures in memory or on disk.
+
+    Args:
+        pictures: uint8 `[S, H, W, 3]` to learn from.
+        held_out: floats `[M, 3, H, W]` that training never shows, by world or source.
+        captions: one of each picture to learn from, empty where none are known.
+    """
 
     pictures: np.ndarray
     held_out: dict[str, torch.Tensor]
+    captions: list[str] = field(default_factory=list)
 
 
 def held_out_pixels(world: str, size: int) -> torch.Tensor:
     """Held-out pictures of one world, float `[size, 3, H, W]`."""
     mixture = Mixture({world: 1.0}, split="held_out", seed=1)
-    return to_pixel_values(np.stack([np.asarray(mixture.example(index)[1].image) for index in range(size)]))
+    return to_pixel_values(np.stack([picture for picture, _ in render(mixture, size)]))
 
 
 def prepare_pool(
     data: PoolConfig, codec: VisualCodecConfig, directory: RunDirectory, *, seed: int, held_out: int
 ) -> Pool:
-    """The pictures of a recipe, rendered or read by the first process where they are missing.
+    """The pictures of a recipe and their captions, rendered or read by the first process where they are missing.
 
     Args:
         codec: whose size they have.
         held_out: pictures kept back of every world, or of the source, whose last ones they are.
 
     Raises:
-        ValueError: a source with too few readable pictures.
+        ValueError: a source with too few readable pictures, or files of another pool.
     """
-    path = directory.root / "pool.npy"
+    path, words = directory.root / "pool.npy", directory.root / CAPTIONS
+    size = data.pool_size + (held_out if data.source else 0)
     with PartialState(cpu=ON_CPU).local_main_process_first():
-        if data.source is None:
-            pictures = render_pool(Mixture(data.worlds, seed=seed), data.pool_size, path)
-            return Pool(pictures, {world: held_out_pixels(world, held_out) for world in data.worlds})
-        size, side = data.pool_size + held_out, codec.image_size
-        if not path.exists():
-            processor = VisualCodecImageProcessor.for_codec(codec)
-            source = Source(data.source, image=data.image, streaming=True)
-            with atomic_write(path) as temporary:
-                pool = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(size, side, side, 3))
-                found = 0
-                for picture in tqdm(read_pictures(source, processor, limit=size), total=size, desc="reading"):
-                    pool[found] = picture
-                    found += 1
-                if found < size:
-                    raise ValueError(
-                        f"{data.source} has {found} readable pictures; data.pool_size = {data.pool_size} and "
-                        f"{held_out} held out need {size}. Lower data.pool_size."
-                    )
-                pool.flush()
-        pictures = np.load(path, mmap_mode="r")
-    return Pool(pictures[: data.pool_size], {"source": to_pixel_values(pictures[-held_out:])})
+        if not (path.exists() and words.exists()):
+            if data.source is None:
+                write_pool(render(Mixture(data.worlds, seed=seed), size), (size, SIDE), path, words)
+            else:
+                source = Source(data.source, image=data.image, text=data.text, streaming=True)
+                pairs = read_pictures(source, VisualCodecImageProcessor.for_codec(codec), limit=size)
+                write_pool(pairs, (size, codec.image_size), path, words)
+        pictures, captions = np.load(path, mmap_mode="r"), json.loads(words.read_text(encoding="utf-8"))
+    if len(pictures) != size:
+        raise ValueError(f"{path} holds {len(pictures)} pictures, the recipe asks for {size}; delete the file.")
+    captions = captions[: data.pool_size] if data.has_captions else []
+    if data.source is None:
+        return Pool(pictures, {world: held_out_pixels(world, held_out) for world in data.worlds}, captions)
+    return Pool(pictures[: data.pool_size], {"source": to_pixel_values(pictures[-held_out:])}, captions)
+
+
+def write_pool(pairs: Iterable[tuple[np.ndarray, str]], sizes: tuple[int, int], path: Path, words: Path) -> None:
+    """Pictures as one array in `path`, and their captions as a list in `words`.
+
+    Args:
+        sizes: how many there are, and their side.
+
+    Raises:
+        ValueError: there are fewer; nothing is written then.
+    """
+    size, side = sizes
+    captions: list[str] = []
+    with atomic_write(path) as temporary:
+        pool = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(size, side, side, 3))
+        for picture, caption in tqdm(pairs, total=size, desc="pictures"):
+            pool[len(captions)] = picture
+            captions.append(caption)
+        if len(captions) < size:
+            raise ValueError(
+                f"data.source has {len(captions)} readable pictures; data.pool_size and those held out need {size}. "
+                "Lower data.pool_size."
+            )
+        pool.flush()
+        with atomic_write(words) as written:
+            written.write_text(json.dumps(captions, ensure_ascii=False), encoding="utf-8")
