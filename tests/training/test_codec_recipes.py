@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from unimm.codec import VisualCodecConfig, VisualCodecModel
 from unimm.config import from_dict
-from unimm.training.codec import CodecRecipe, CodecTask, last_weight, train_codec
+from unimm.training.codec import CodecRecipe, CodecTask, LengthsConfig, last_weight, train_codec
 from unimm.training.objectives import (
     CellFeatures,
     CriticConfig,
@@ -60,6 +60,30 @@ def test_two_steps_of_every_recipe(name, tmp_path):
     if name == "grid_vq":
         assert ["critic" in record for record in metrics] == [False, True]
         assert metrics[0]["judged"] == 0 != metrics[1]["judged"]
+
+
+def test_lengths_are_drawn_as_often_as_they_are_given_chances():
+    rng = np.random.default_rng(0)
+    lengths = LengthsConfig((1, 4, 8), (2.0, 0.0, 6.0), by_picture=True).drawn(rng, 4000)
+    counts = torch.bincount(lengths, minlength=9) / 4000
+    torch.testing.assert_close(counts[[1, 4, 8]].float(), torch.tensor([0.25, 0.0, 0.75]), atol=0.03, rtol=0)
+    assert {LengthsConfig((1, 4)).drawn(rng, 2) for _ in range(30)} == {1, 4}
+    assert LengthsConfig().drawn(rng, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("lengths.values=[1, 33]", "33 codes per picture; this codec makes and decodes 1 to 32"),
+        ("lengths.chances=[1.0]", "give one of 0 or more for each"),
+        ("lengths.values=[]", "chooses among lengths.values"),
+        ("model.length.filled=false", "set length.filled: true"),
+    ],
+)
+def test_lengths_that_a_codec_cannot_learn_are_refused_at_once(change, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        train(FOLDER / "flextok.yaml", [*SMALL, change, f"run.directory={tmp_path}"])
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.fixture(scope="module")

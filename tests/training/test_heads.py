@@ -233,7 +233,7 @@ def recipe_of(folder, name, model, **objectives):
     [
         (BRANCHES, {"one": {"slot": 0}, "other": {"slot": 1, "layers": [1]}}, {"disentangle": 0.5}),
         (GRID, {"all": {}}, {"contrast": {"model": "clip"}}),
-        (SEQUENCE, {"first": {"prefixes": {1: 1.0, 4: 0.5}}}, {"lengths": [2, 8]}),
+        (SEQUENCE, {"first": {"prefixes": {1: 1.0, 4: 0.5}}}, {"lengths": {"values": [2, 8]}}),
     ],
     ids=["branches", "grid", "sequence"],
 )

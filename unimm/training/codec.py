@@ -61,6 +61,41 @@ class CodecLossConfig:
 
 
 @dataclass(frozen=True)
+class LengthsConfig:
+    """Numbers of codes that pictures are drawn from in training, so that few codes stand for a picture too (nested
+    dropout, 1402.0915).
+
+    Args:
+        values: to choose from; empty for the codec's own number.
+        chances: of each of them; empty for equal ones.
+        by_picture: whether each picture has its own, which needs `length.filled`; else a batch has one.
+
+    Raises:
+        ValueError: not as many chances as values, or none above 0.
+    """
+
+    values: tuple[int, ...] = ()
+    chances: tuple[float, ...] = ()
+    by_picture: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chances and (len(self.chances) != len(self.values) or min(self.chances) < 0 or not any(self.chances)):
+            raise ValueError(
+                f"lengths.chances are {self.chances} for lengths.values {self.values}; give one of 0 or more for each."
+            )
+        if self.by_picture and not self.values:
+            raise ValueError("lengths.by_picture chooses among lengths.values; name some.")
+
+    def drawn(self, rng: np.random.Generator, batch: int) -> int | torch.Tensor | None:
+        """A number, or int64 `[batch]`, or None for the codec's own."""
+        if not self.values:
+            return None
+        chances = np.array(self.chances or [1.0] * len(self.values))
+        picked = rng.choice(self.values, size=batch if self.by_picture else None, p=chances / chances.sum())
+        return torch.from_numpy(picked) if self.by_picture else int(picked)
+
+
+@dataclass(frozen=True)
 class CodecRecipe:
     """A recipe with `task: codec`.
 
@@ -72,8 +107,7 @@ class CodecRecipe:
         disentangle: weight of the mean squared cosine between the branches of a product (FQGAN, 2411.16681).
         contrast: a frozen model of texts, whose embedding of a caption should be nearest to the codes of its picture.
         critic: a network that learns to tell copies from pictures.
-        lengths: numbers of codes, one of which is drawn at each step, so that few codes stand for a picture too
-            (nested dropout, 1402.0915); empty for the codec's own.
+        lengths: numbers of codes that pictures are drawn from.
         bf16: whether to compute in it; None where the processor is fast in it.
         ema_decay: of a moving average of the weights, which is what is judged and saved; None for none.
 
@@ -94,7 +128,7 @@ class CodecRecipe:
     disentangle: float = 0.0
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    lengths: tuple[int, ...] = ()
+    lengths: LengthsConfig = field(default_factory=LengthsConfig)
     bf16: bool | None = None
     ema_decay: float | None = None
 
@@ -149,7 +183,7 @@ class CodecTask:
         picked = np.sort(rng.integers(len(self.pool), size=self.recipe.data.batch_size))
         pixels = resized(to_pixel_values(self.pool[picked]), self.codec.config.image_size)
         pixels = pixels.to(self.codec.device, memory_format=torch.channels_last)
-        length = int(rng.choice(self.recipe.lengths)) if self.recipe.lengths else None
+        length = self.recipe.lengths.drawn(rng, len(pixels))
         wanted = {name: features(pixels) for name, features in self.teachers.items()}
         if self.captions is not None:
             wanted["contrast"] = self.captions[picked].to(pixels.device)
@@ -204,6 +238,11 @@ class CodecTask:
 
 def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
     """Raise `ValueError` where a codec cannot be trained towards what the recipe names, before anything is loaded."""
+    grid = codec.grid(codec.image_size, codec.image_size)
+    for length in recipe.lengths.values:
+        codec.length_policy.arrange(grid, length)
+    if recipe.lengths.by_picture and not codec.length.get("filled"):
+        raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
         raise ValueError("distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'.")
     for name, config in recipe.align.items():

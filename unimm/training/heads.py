@@ -167,7 +167,7 @@ class CodecWithHeads(nn.Module):
         self.codec, self.heads = codec, nn.ModuleDict(heads)
 
     def forward(
-        self, pixel_values: torch.Tensor, num_tokens: int | None, wanted: dict[str, torch.Tensor]
+        self, pixel_values: torch.Tensor, num_tokens: int | torch.Tensor | None, wanted: dict[str, torch.Tensor]
     ) -> tuple[CodecOutput, dict[str, torch.Tensor]]:
         """The codec's output, and the loss of every head towards what it is `wanted` to read."""
         output = self.codec(pixel_values, num_tokens=num_tokens)
