@@ -1,7 +1,7 @@
 """Ways to do one task take turns on a clock, beside what the machine allows.
 
-In: functions that do a task once. Out: milliseconds per unit of each. Every round goes through all ways in order, so that
-other work on the machine meets all of them.
+In: functions that do a task once. Out: milliseconds per unit of each. Every round goes through all ways in order, so
+that other work on the machine meets all of them.
 """
 
 from __future__ import annotations
