@@ -7,7 +7,9 @@ import torch
 
 from unimm.cli.main import main
 from unimm.evaluation.random_models import SIZES, random_model
-from unimm.evaluation.speed import TASKS, Bench, Machine, SpeedReport, Way, compare
+from unimm.evaluation.scaling import BATCHES
+from unimm.evaluation.speed import TASKS, Bench, SpeedReport
+from unimm.evaluation.timing import Machine, Way, compare
 
 
 def test_the_ways_of_a_task_take_turns():
@@ -36,11 +38,31 @@ def test_every_task_is_measured(tiny, tmp_path):
     assert agreement.keys() == {"bfloat16", "int8", "the same"}
     assert agreement["the same"] == 1
     assert all(0 <= share <= 1 for share in agreement.values())
-    report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, speeds, agreement)
+    report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, speeds, None, agreement)
     report.save(tmp_path)
     assert report.to_markdown().count("| draw |") == 6
     assert json.loads((tmp_path / "speed.json").read_text())["speeds"][0]["speedup"] == 1
     assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_scaling_is_reported_over_batches_and_lengths(tiny, tmp_path, monkeypatch):
+    model, _ = tiny
+    monkeypatch.setattr("unimm.evaluation.scaling.LENGTHS", (2, 3, 1_000))
+    bench = Bench(model, Machine.measure(torch.device("cpu")), rounds=1)
+    scaling = bench.scaling()
+    assert [(point.batch, point.codes) for point in scaling.batches] == [(batch, bench.picture) for batch in BATCHES]
+    assert [(point.batch, point.codes) for point in scaling.lengths] == [(1, 2), (1, 3), (1, bench.picture)]
+    for point in (*scaling.batches, *scaling.lengths):
+        assert point.pictures_per_second * point.codes * point.speed.milliseconds == pytest.approx(1000)
+    floors = [point.speed.floor for point in scaling.lengths]
+    assert floors == sorted(floors)
+    report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, (), scaling, {})
+    report.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.md", "speed.json", "scaling.png"}
+    table = (tmp_path / "speed.md").read_text().splitlines()
+    assert table[0].startswith("| pictures at once")
+    assert sum(line.startswith("| ") for line in table) == 2 + len(BATCHES) + 3
+    assert json.loads((tmp_path / "speed.json").read_text())["scaling"]["batches"][-1]["batch"] == BATCHES[-1]
 
 
 def test_random_models_have_their_size():

@@ -245,8 +245,8 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     from_scratch = "random weights of this size instead of a model: tiny, 20m, 150m, 0.6b or 7b"
     parser.add_argument("--config", help=from_scratch)
-    parser.add_argument("--tasks", nargs="+", default=["draw"], help="draw, read, train, tokenize, detokenize")
-    parser.add_argument("--codes", type=int, default=256, help="codes per picture (default: 256)")
+    parser.add_argument("--tasks", nargs="+", default=["draw"], help="draw, read, train, tokenize, detokenize, scaling")
+    parser.add_argument("--codes", type=int, help="codes per picture (default: 256, or 4096 for scaling)")
     parser.add_argument(
         "--drawn", type=int, help="codes that a timed drawing stops after, for less waiting (default: all)"
     )
@@ -257,7 +257,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, default=1, help="of Jacobi iteration to draw with besides (default: none)"
     )
     parser.add_argument("--threads", type=int, help="threads of a CPU; 1 is timed in processor seconds")
-    parser.add_argument("--folder", help="where speed.md, speed.json and speed.png go")
+    parser.add_argument("--folder", help="where speed.md, speed.json and the plots go")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -266,21 +266,24 @@ def _bench(arguments: argparse.Namespace) -> None:
     import torch
 
     from unimm.evaluation.random_models import random_model
-    from unimm.evaluation.speed import TASKS, Bench, Machine, SpeedReport
+    from unimm.evaluation.scaling import LENGTHS
+    from unimm.evaluation.speed import TASKS, Bench, SpeedReport
+    from unimm.evaluation.timing import Machine
 
-    unknown = [task for task in arguments.tasks if task not in TASKS]
+    known, tasks = (*TASKS, "scaling"), arguments.tasks
+    unknown = [task for task in tasks if task not in known]
     if unknown or min(arguments.batch, arguments.rounds) < 1 or (arguments.drawn or 2) < 2:
         raise ValueError(
-            f"--tasks are {arguments.tasks}, --batch {arguments.batch}, --rounds {arguments.rounds} and --drawn "
-            f"{arguments.drawn}; name some of {', '.join(TASKS)}, a batch and rounds of 1 or more, and 2 codes or more."
+            f"--tasks are {tasks}, --batch {arguments.batch}, --rounds {arguments.rounds} and --drawn "
+            f"{arguments.drawn}; name some of {', '.join(known)}, a batch and rounds of 1 or more, and 2 codes or more."
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     place = _place(arguments)
-    if arguments.config:
-        model = random_model(arguments.config, codes=arguments.codes, **place)
-    else:
-        model = _load(arguments).model
+    scales = "scaling" in tasks
+    codes = arguments.codes or (max(LENGTHS) if scales else 256)
+    formats = arguments.formats if "draw" in tasks else []
+    model = random_model(arguments.config, codes=codes, **place) if arguments.config else _load(arguments).model
     machine = Machine.measure(model.device)
     bench = Bench(
         model,
@@ -288,21 +291,22 @@ def _bench(arguments: argparse.Namespace) -> None:
         rounds=arguments.rounds,
         batch=arguments.batch,
         codes=arguments.drawn,
-        formats=arguments.formats,
+        formats=formats,
         window=arguments.window,
     )
-    own = {"config": arguments.config, "model": arguments.model, "codes": arguments.codes, "drawn": arguments.drawn}
+    own = {"config": arguments.config, "model": arguments.model, "codes": codes, "drawn": arguments.drawn}
     own |= {"batch": arguments.batch, "rounds": arguments.rounds, "threads": arguments.threads}
-    own |= {"formats": " ".join(arguments.formats), "window": arguments.window}
+    own |= {"formats": " ".join(formats), "window": arguments.window}
     options = [f"--{name} {value}" for name, value in own.items() if value is not None]
     report = SpeedReport(
-        command=" ".join(["unimm bench", *options, "--tasks", *arguments.tasks]),
+        command=" ".join(["unimm bench", *options, "--tasks", *tasks]),
         model=arguments.config or arguments.model or "unimm-tiny",
         clock="processor time" if torch.get_num_threads() == 1 and model.device.type == "cpu" else "wall time",
         threads=torch.get_num_threads(),
         gigabytes_per_second=machine.bandwidth / 1e9,
         gigaflops=machine.flops / 1e9,
-        speeds=tuple(bench.run(arguments.tasks)),
+        speeds=tuple(bench.run([task for task in tasks if task in TASKS])),
+        scaling=bench.scaling() if scales else None,
         agreement=bench.agreement(),
     )
     if arguments.folder:

@@ -1,7 +1,7 @@
 """How fast a model draws, reads, learns and turns pictures into codes and back, beside what the machine allows.
 
 In: a model. Out: a table of times, each beside the stock way and the floors of bandwidth and arithmetic measured in the
-same run. The ways of one task take turns, round by round, so that other work on the machine meets all of them.
+same run.
 """
 
 from __future__ import annotations
@@ -9,81 +9,30 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from unimm.evaluation.scaling import Scaling, measure_scaling
+from unimm.evaluation.timing import Machine, Speed, Way, compare
 from unimm.files import atomic_write
 from unimm.generation import GrammarLogitsProcessor
 from unimm.unified import UniMMForConditionalGeneration, compress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TASKS = ("draw", "read", "train", "tokenize", "detokenize")
 PROMPT, ANSWER = 8, 16  # ids
 GUIDANCE, TOP_K = 3.0, 1_000
 PICTURES = 4  # per batch of the codec and of a training step
 BYTES = {"bfloat16": 2, "int8": 1}
-READ_BYTES = {"cpu": 2**28, "cuda": 2**32}  # many times the last cache
-PRODUCT = 1_024
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": TOP_K}
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to do a task.
-
-    Args:
-        name: of the way.
-        run: does it once.
-        units: how many units one run does.
-        floor: seconds per unit below which no way of this precision can be; None where nothing is said.
-        begin: does only the first unit, for a way that stops early: what it takes is spread over `whole` units.
-        whole: units of a run that would not stop.
-    """
-
-    name: str
-    run: Callable[[], object]
-    units: int
-    floor: float | None = None
-    begin: Callable[[], object] | None = None
-    whole: int = 0
-
-    def seconds(self, clock: Callable[[], float]) -> float:
-        """Of one unit."""
-        if self.begin is None or self.units == self.whole:
-            return _seconds(self.run, clock) / self.units
-        first, taken = _seconds(self.begin, clock), _seconds(self.run, clock)
-        each = (taken - first) / (self.units - 1)
-        return (first + (self.whole - 1) * each) / self.whole
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What was measured of one way.
-
-    Args:
-        task, way: what, and how.
-        unit: of what.
-        milliseconds: per unit, median over the rounds.
-        lowest, highest: of the rounds.
-        speedup: over the first way of the task, median of the rounds' ratios.
-        floor: milliseconds per unit that bandwidth and arithmetic of this run allow; None where nothing is said.
-    """
-
-    task: str
-    way: str
-    unit: str
-    milliseconds: float
-    lowest: float
-    highest: float
-    speedup: float
-    floor: float | None
 
 
 @dataclass(frozen=True)
@@ -97,14 +46,16 @@ class SpeedReport:
     gigabytes_per_second: float
     gigaflops: float
     speeds: tuple[Speed, ...]
+    scaling: Scaling | None
     agreement: dict[str, float]
 
     def to_markdown(self) -> str:
         """A table with what it was measured on."""
-        lines = [
+        header = [
             "| task | way | ms per unit | range | speed-up | floor, ms | times the floor |",
             "|---|---|---|---|---|---|---|",
         ]
+        lines = header if self.speeds else []
         for speed in self.speeds:
             floor = "" if speed.floor is None else f"{speed.floor:.3f}"
             above = "" if speed.floor is None else f"{speed.milliseconds / speed.floor:.2f}"
@@ -112,6 +63,8 @@ class SpeedReport:
                 f"| {speed.task} | {speed.way} | {speed.milliseconds:.3f} per {speed.unit} | {speed.lowest:.3f} to "
                 f"{speed.highest:.3f} | {speed.speedup:.2f} | {floor} | {above} |"
             )
+        if self.scaling is not None:
+            lines += [*([""] if lines else []), self.scaling.to_markdown()]
         machine = (
             f"{self.model}; {self.clock}, threads: {self.threads}; reads {self.gigabytes_per_second:.1f} GB/s, "
             f"multiplies {self.gigaflops:.0f} GFLOP/s in this run."
@@ -120,7 +73,7 @@ class SpeedReport:
         return "\n".join([*lines, "", machine, *agreeing, f"Measured by `{self.command}`."])
 
     def save(self, folder: Path) -> None:
-        """Write `speed.md`, `speed.json` and `speed.png`."""
+        """Write `speed.md` and `speed.json`, and `speed.png` and `scaling.png` of what was measured."""
         with atomic_write(folder / "speed.md") as path:
             path.write_text(self.to_markdown() + "\n", encoding="utf-8")
         with atomic_write(folder / "speed.json") as path:
@@ -130,74 +83,24 @@ class SpeedReport:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        names = [f"{speed.task}: {speed.way}" for speed in self.speeds]
-        figure, axis = pyplot.subplots(figsize=(8, 1 + 0.4 * len(names)))
-        axis.barh(names, [speed.speedup for speed in self.speeds], color="#4477aa")
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.invert_yaxis()
-        axis.set_xlabel("speed-up over the first way of the task")
-        figure.tight_layout()
-        with atomic_write(folder / "speed.png") as path:
-            figure.savefig(path, dpi=90)
-        pyplot.close(figure)
+        def write(figure: Figure, name: str) -> None:
+            figure.tight_layout()
+            with atomic_write(folder / name) as path:
+                figure.savefig(path, dpi=90)
+            pyplot.close(figure)
 
-
-@dataclass(frozen=True)
-class Machine:
-    """What this run finds the machine to be.
-
-    Args:
-        bandwidth: bytes per second of reading memory.
-        flops: per second of a large float32 product.
-        clock: processor seconds for one thread, which other work disturbs little, else seconds of the wall.
-    """
-
-    bandwidth: float
-    flops: float
-    clock: Callable[[], float]
-
-    @classmethod
-    def measure(cls, device: torch.device) -> Machine:
-        """Read a large block and multiply two large matrices, a few times each."""
-        single = device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.process_time if single else time.perf_counter
-        number = READ_BYTES.get(device.type, READ_BYTES["cpu"])
-        block = torch.ones(number // 4, device=device)
-        square = torch.ones(PRODUCT, PRODUCT, device=device)
-        reading = min(_seconds(lambda: block.sum().item(), clock) for _ in range(5))
-        multiplying = min(_seconds(lambda: (square @ square)[0, 0].item(), clock) for _ in range(5))
-        return cls(number / reading, 2 * PRODUCT**3 / multiplying, clock)
-
-
-def _seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    begin = clock()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - begin
-
-
-def compare(task: str, unit: str, ways: Sequence[Way], clock: Callable[[], float], rounds: int) -> list[Speed]:
-    """Let the ways take turns; the first run of each is not counted."""
-    for way in ways:
-        way.run()
-    taken: list[list[float]] = [[] for _ in ways]
-    for _ in range(rounds):
-        for way, times in zip(ways, taken, strict=True):
-            times.append(1000 * way.seconds(clock))
-    return [
-        Speed(
-            task=task,
-            way=way.name,
-            unit=unit,
-            milliseconds=statistics.median(times),
-            lowest=min(times),
-            highest=max(times),
-            speedup=statistics.median(first / own for first, own in zip(taken[0], times, strict=True)),
-            floor=None if way.floor is None else 1000 * way.floor,
-        )
-        for way, times in zip(ways, taken, strict=True)
-    ]
+        if self.speeds:
+            names = [f"{speed.task}: {speed.way}" for speed in self.speeds]
+            figure, axis = pyplot.subplots(figsize=(8, 1 + 0.4 * len(names)))
+            axis.barh(names, [speed.speedup for speed in self.speeds], color="#4477aa")
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.invert_yaxis()
+            axis.set_xlabel("speed-up over the first way of the task")
+            write(figure, "speed.png")
+        if self.scaling is not None:
+            figure, axes = pyplot.subplots(1, 2, figsize=(8, 3))
+            self.scaling.plot(*axes)
+            write(figure, "scaling.png")
 
 
 class Bench:
@@ -241,7 +144,9 @@ class Bench:
     @torch.no_grad()
     def agreement(self) -> dict[str, float]:
         """Share of codes that are likeliest under guidance for each format too, after the same codes before them."""
-        drawn = self._draw(self.model, self.codes, stock=False)
+        if not self.compressed:
+            return {}
+        drawn = self._draw(self.model, self.codes)
         null = drawn.new_tensor(self.config.null_prompt_ids or []).expand(self.batch, -1)
         away = torch.cat([null, drawn[:, PROMPT:]], dim=1)
 
@@ -271,14 +176,16 @@ class Bench:
         ways = [
             self._way("stock, two passes", self._draw_by_stock_guidance),
             self._way("stock, batched guidance", functools.partial(self._draw, self.model, stock=True)),
-            self._way("engine", functools.partial(self._draw, self.model, stock=False), self._floor(size, size)),
+            self._way(
+                "engine", functools.partial(self._draw, self.model), self._floor(self.batch, self.codes, size, size)
+            ),
         ]
         if self.window > 1:
-            ahead = functools.partial(self._draw, self.model, stock=False, window=self.window)
+            ahead = functools.partial(self._draw, self.model, window=self.window)
             ways.append(self._way(f"engine, window {self.window}", ahead))
         for name, model in self.compressed.items():
-            floor = self._floor(BYTES[name], BYTES["bfloat16"])
-            ways.append(self._way(f"engine, {name}", functools.partial(self._draw, model, stock=False), floor))
+            floor = self._floor(self.batch, self.codes, BYTES[name], BYTES["bfloat16"])
+            ways.append(self._way(f"engine, {name}", functools.partial(self._draw, model), floor))
         return compare("draw", f"code of {self.batch}", ways, self.machine.clock, self.rounds)
 
     def _way(self, name: str, draw: Callable[[int], object], floor: float | None = None) -> Way:
@@ -350,10 +257,30 @@ class Bench:
         ]
         return compare("detokenize", "picture", ways, self.machine.clock, self.rounds)
 
-    def _draw(self, model: UniMMForConditionalGeneration, codes: int, *, stock: bool, window: int = 1) -> torch.Tensor:
+    def scaling(self) -> Scaling:
+        """Pictures under guidance by the engine, more at once and of more codes; the batch of the bench is not used."""
+        size = self.model.lm_head.weight.element_size()
+        return measure_scaling(
+            lambda batch, codes: self._draw(self.model, codes, prompt=self.prompt[:1].expand(batch, -1)),
+            lambda batch, codes: self._floor(batch, codes, size, size),
+            most=self.codes,
+            clock=self.machine.clock,
+            rounds=self.rounds,
+        )
+
+    def _draw(
+        self,
+        model: UniMMForConditionalGeneration,
+        codes: int,
+        *,
+        stock: bool = False,
+        window: int = 1,
+        prompt: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        prompt = self.prompt if prompt is None else prompt
         return model.generate(
-            self.prompt,
-            attention_mask=torch.ones_like(self.prompt),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             generation_mode="image",
             guidance_scale=GUIDANCE,
             max_new_tokens=codes,
@@ -395,7 +322,7 @@ class Bench:
         row = torch.cat([self.prompt[0], opening, codes, closing, self.prompt[0]])
         return row.expand(max(self.batch, PICTURES), -1)
 
-    def _floor(self, bytes_per_weight: int, bytes_per_state: int) -> float:
+    def _floor(self, batch: int, codes: int, bytes_per_weight: int, bytes_per_state: int) -> float:
         """Seconds per step: reading every layer, the codes' rows and the cache once, or multiplying by them."""
         layers: torch.nn.Module = self.model.model.language_model.layers
         number = sum(p.numel() for p in layers.parameters())
@@ -403,6 +330,6 @@ class Bench:
         number += rows * self.config.text_config.hidden_size
         text = self.config.text_config
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * bytes_per_state
-        read = number * bytes_per_weight + 2 * self.batch * (PROMPT + self.codes / 2) * cached
-        multiplied = 2 * 2 * self.batch * number
+        read = number * bytes_per_weight + 2 * batch * (PROMPT + codes / 2) * cached
+        multiplied = 2 * 2 * batch * number
         return max(read / self.machine.bandwidth, multiplied / self.machine.flops)
