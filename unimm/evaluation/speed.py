@@ -234,27 +234,38 @@ class Bench:
 
     @torch.no_grad()
     def tokenize(self) -> list[Speed]:
-        """Pixels to codes, one picture at a time and in a batch."""
+        """Pixels to codes, one picture at a time and in a batch, beside the codec's layers called by hand."""
         codec = self.model.codec
         size = codec.config.image_size
         pixels = torch.linspace(-1, 1, PICTURES * 3 * size * size, device=self.device).view(PICTURES, 3, size, size)
+
+        def layers() -> object:
+            return codec.quantizer(codec.resampler.sample(codec.encoder(pixels)))
+
         ways = [
             Way("one by one", lambda: [codec.encode(single) for single in pixels.split(1)], PICTURES),
             Way("batch", lambda: codec.encode(pixels), PICTURES),
         ]
+        ways += [Way("batch, bare layers", layers, PICTURES)] if codec.length.layout == "grid" else []
         return compare("tokenize", "picture", ways, self.machine.clock, self.rounds)
 
     @torch.no_grad()
     def detokenize(self) -> list[Speed]:
-        """Codes to pixels, one picture at a time and in a batch."""
+        """Codes to pixels, one picture at a time and in a batch, beside the codec's layers called by hand."""
         codec = self.model.codec
         size = codec.config.image_size
         codes = codec.encode(torch.zeros(PICTURES, 3, size, size, device=self.device))
         singles = [codes.select(slice(place, place + 1)) for place in range(PICTURES)]
+        grid = codec.config.grid(size, size)
+
+        def layers() -> object:
+            return codec.decoder(codec.resampler.restore(codec.quantizer.lookup(codes.ids), grid))
+
         ways = [
             Way("one by one", lambda: [codec.pictures(single) for single in singles], PICTURES),
             Way("batch", lambda: codec.pictures(codes), PICTURES),
         ]
+        ways += [Way("batch, bare layers", layers, PICTURES)] if codec.length.layout == "grid" else []
         return compare("detokenize", "picture", ways, self.machine.clock, self.rounds)
 
     def scaling(self) -> Scaling:
