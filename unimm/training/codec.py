@@ -22,12 +22,14 @@ from unimm.training.objectives import (
     CriticConfig,
     FeatureConfig,
     FrozenFeatures,
+    PerceptualConfig,
     PixelCritic,
     distillation_loss,
+    perceptual_features,
     perceptual_loss,
 )
 from unimm.training.optimizer import OptimizerConfig
-from unimm.training.plots import contact_sheet
+from unimm.training.plots import contact_sheet, plot_usage
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
 from unimm.training.run_directory import RunConfig, RunDirectory
 
@@ -51,7 +53,7 @@ class CodecRecipe:
 
     Args:
         model: keys of `VisualCodecConfig`; `encoder.tower` may name a saved vision model.
-        perceptual: a frozen model whose features of the copy should be those of the picture.
+        perceptual: a frozen network whose features of the copy should be those of the picture.
         distill: a frozen model whose features the codec's own decoder of features rebuilds.
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes, one of which is drawn at each step, so that few codes stand for a picture too
@@ -67,7 +69,7 @@ class CodecRecipe:
     model: dict[str, Any] = field(default_factory=dict)
     loss: CodecLossConfig = field(default_factory=CodecLossConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    perceptual: FeatureConfig = field(default_factory=FeatureConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     distill: FeatureConfig = field(default_factory=FeatureConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: tuple[int, ...] = ()
@@ -85,7 +87,7 @@ class CodecTask:
         self.model: nn.Module = self.codec
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
-        self.perceptual = FrozenFeatures(recipe.perceptual) if recipe.perceptual.model else None
+        self.perceptual = perceptual_features(recipe.perceptual)
         self.distill = FrozenFeatures(recipe.distill) if recipe.distill.model else None
         if self.distill is not None and not self.codec.decoder_options.makes_features:
             raise ValueError(
@@ -125,11 +127,12 @@ class CodecTask:
         for name, pixels in self.held_out.items():
             codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)))
             figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
-            used.append(codes.ids.flatten(0, 1))
+            used.append(codes.ids[codes.mask])
         self.codec.train()
         spec = self.codec.spec_without_fingerprint
         if spec.sizes:
             figures["codes_used_in_validation"] = spec.share_used(torch.cat(used))
+            plot_usage(torch.cat(used), spec.sizes, RunDirectory(self.recipe.run).plots / "codes.png")
         return figures
 
     def draw_sheet(self, path: Path) -> None:
