@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
+from scripted_networks import TinyVgg, save_scripted
 from towers import whole_model, write_text_tower, write_tower
 from transformers import AutoModel
 
@@ -18,9 +20,11 @@ from unimm.training.objectives import (
     CriticConfig,
     FeatureConfig,
     FrozenFeatures,
+    PerceptualConfig,
     PixelCritic,
     adaptive_weight,
     distillation_loss,
+    perceptual_features,
     perceptual_loss,
 )
 from unimm.training.pool import Pool
@@ -51,6 +55,7 @@ def test_two_steps_of_every_recipe(name, tmp_path):
     directory = train(FOLDER / f"{name}.yaml", [*SMALL, *depth, *start, f"run.directory={tmp_path}"])
     metrics = [record for record in directory.metrics() if "loss" in record]
     assert len(metrics) == 2
+    assert Image.open(directory.plots / "codes.png").height > 100
     codec = VisualCodecModel.from_pretrained(directory.model)
     codes = codec.encode(torch.zeros(1, 3, 128, 128))
     assert codec.pictures(codes).shape == (1, 3, 128, 128)
@@ -109,6 +114,39 @@ def test_a_perceptual_loss_is_nothing_for_the_picture_itself_and_reaches_pixels(
     assert loss > 0
     assert drawn.grad.abs().sum() > 0
     assert all(weight.grad is None for weight in features.model.parameters())
+
+
+def test_a_perceptual_loss_is_lpips_where_its_file_is_given(tower, tmp_path):
+    vgg = str(save_scripted(TinyVgg(), tmp_path / "vgg16.pt"))
+    features = perceptual_features(PerceptualConfig(lpips=vgg))
+    assert perceptual_loss(features, pixels(), pixels()) == 0
+    conv = torch.jit.load(vgg).conv
+    one, other = (conv((pixels(seed) + 1) / 2).flatten(1) for seed in (0, 1))
+    by_hand = (one - other).square().sum(dim=1).mean()
+    assert perceptual_loss(features, pixels(), pixels(1)) == pytest.approx(float(by_hand.detach()), rel=1e-4)
+    with pytest.raises(ValueError, match="name one of them"):
+        PerceptualConfig(model=tower, lpips=vgg)
+    assert perceptual_features(PerceptualConfig()) is None
+
+
+def test_the_gradient_of_lpips_reaches_the_codec_and_not_the_file(tower, texts, tmp_path):
+    _, recipe = everything(tower, texts, tmp_path, "lpips", 1)
+    vgg = str(save_scripted(TinyVgg(), tmp_path / "vgg16.pt"))
+    recipe |= {
+        "perceptual": {"lpips": vgg},
+        "critic": {},
+        "contrast": {},
+        "loss": {"squared": 0.0, "absolute": 0.0, "edges": 0.0},
+    }
+    task = CodecTask(from_dict(CodecRecipe, recipe), Pool(np.full((2, 32, 32, 3), 200, np.uint8), {}))
+    losses = task.losses(task.model, 0, 0)
+    losses["perceptual"].backward()
+    assert losses["perceptual"] > 0
+    assert last_weight(task.codec.decoder).grad.abs().sum() > 0
+    assert next(task.codec.encoder.parameters()).grad.abs().sum() > 0
+    weights = [*task.perceptual.lpips.network.network.parameters()]
+    assert len(weights) == 2
+    assert all(weight.grad is None for weight in weights)
 
 
 def test_a_distillation_is_done_where_features_are_the_towers_own(tower):

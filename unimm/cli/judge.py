@@ -11,24 +11,27 @@ import unimm
 from unimm.codec import VisualCodecModel
 from unimm.data.pictures import to_pixel_values
 from unimm.evaluation.codec import CodecReport, compare, evaluate_codec, picture_sets
-from unimm.evaluation.fidelity import ModelExtractor, Thumbnails
+from unimm.evaluation.fidelity import Extractor, ModelExtractor, Thumbnails
 from unimm.evaluation.legibility import rapid_reader
 from unimm.evaluation.subjects import CodecSubject, Subject, VaeSubject, read_pairs
+from unimm.nn.scripted import Inception, Lpips
 
 
 def judge_codec(arguments: argparse.Namespace, device: str) -> CodecReport:
     """The report of a codec, of a VAE, or of a folder of copies; what is judged runs on `device`.
 
     Raises:
-        ValueError: one folder without the other, pictures that nothing knows, or a model without a codec.
+        ValueError: one folder without the other, two extractors, pictures that nothing knows, a model without a codec,
+            or a file of weights that is another than it should be.
     """
     folder = Path(arguments.folder) if arguments.folder else None
-    extractor = ModelExtractor(arguments.extractor) if arguments.extractor else Thumbnails()
+    extractor = _extractor(arguments, device)
+    lpips = Lpips(arguments.lpips, device) if arguments.lpips else None
     if bool(arguments.references) != bool(arguments.copies):
         raise ValueError("Copies are judged against references: name both --references and --copies.")
     if arguments.references:
         references, copies = read_pairs(Path(arguments.references), Path(arguments.copies))
-        measures = compare(Path(arguments.references).name, references, to_pixel_values(copies), extractor)
+        measures = compare(Path(arguments.references).name, references, to_pixel_values(copies), extractor, lpips)
         report = CodecReport(arguments.copies, tuple(measures), {})
         if folder is not None:
             report.save(folder)
@@ -36,7 +39,15 @@ def judge_codec(arguments: argparse.Namespace, device: str) -> CodecReport:
     subject = _subject(arguments, device)
     sets = picture_sets(tuple(arguments.pictures), subject.side, arguments.limit)
     reader = rapid_reader() if arguments.text else None
-    return evaluate_codec(subject, sets, folder=folder, extractor=extractor, reader=reader)
+    return evaluate_codec(subject, sets, folder=folder, extractor=extractor, lpips=lpips, reader=reader)
+
+
+def _extractor(arguments: argparse.Namespace, device: str) -> Extractor:
+    if arguments.extractor and arguments.inception:
+        raise ValueError("One distance is reported: name --inception for rFID, or --extractor for that of another.")
+    if arguments.inception:
+        return Inception(arguments.inception, device)
+    return ModelExtractor(arguments.extractor) if arguments.extractor else Thumbnails()
 
 
 def _subject(arguments: argparse.Namespace, device: str) -> Subject:

@@ -203,6 +203,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     codec.add_argument("--copies", help="folder of copies, under the names of the references")
     codec.add_argument("--pictures", nargs="+", default=["shapes", "words", "photographs"], help="sets to copy")
     codec.add_argument("--extractor", help="a vision model for the Fréchet distance (default: thumbnails)")
+    codec.add_argument("--inception", metavar="FILE", help="NVIDIA's inception-2015-12-05.pt, to report rFID instead")
+    codec.add_argument("--lpips", metavar="FILE", help="NVIDIA's vgg16.pt, to report LPIPS too")
     codec.add_argument("--text", action="store_true", help="also read words of several heights with an OCR")
 
 

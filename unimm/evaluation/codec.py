@@ -23,10 +23,20 @@ from unimm.data.photographs import photograph_squares
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.data.worlds import WORLDS
 from unimm.evaluation.classical import FORMATS, Rate, at_equal_bytes, curve
-from unimm.evaluation.fidelity import Extractor, Thumbnails, code_statistics, frechet, ssim
+from unimm.evaluation.fidelity import (
+    Extractor,
+    Thumbnails,
+    TooFewPicturesError,
+    code_statistics,
+    frechet,
+    lpips_distances,
+    rfid,
+    ssim,
+)
 from unimm.evaluation.legibility import Reader, text_survival
 from unimm.evaluation.subjects import Copies, Subject
 from unimm.files import atomic_write
+from unimm.nn.scripted import Inception, Lpips
 from unimm.scorers.reconstruction import psnr
 
 PHOTOGRAPHS = "photographs"
@@ -121,6 +131,7 @@ def evaluate_codec(
     *,
     folder: Path | None = None,
     extractor: Extractor | None = None,
+    lpips: Lpips | None = None,
     reader: Reader | None = None,
 ) -> CodecReport:
     """Measure a subject on sets of pictures.
@@ -128,14 +139,15 @@ def evaluate_codec(
     Args:
         sets: uint8 `[N, side, side, 3]` by name.
         folder: where the report, the plot and a sheet of copies go.
-        extractor: of the Fréchet distance; by default thumbnails, which need no weights.
+        extractor: of the Fréchet distance, which is rFID by Inception; by default thumbnails, which need no weights.
+        lpips: without it no LPIPS is measured.
         reader: an OCR; without one no text is measured.
     """
     measures: list[Measure] = []
     curves: dict[str, dict[str, list[Rate]]] = {}
     for name, pictures in sets.items():
         copies = subject.copy(pictures)
-        measures += compare(name, pictures, copies.pixels, extractor or Thumbnails())
+        measures += compare(name, pictures, copies.pixels, extractor or Thumbnails(), lpips)
         if copies.bits is not None:
             measures += code_measures(name, subject, pictures, copies)
             curves[name] = {kind: curve(kind, pictures) for kind in FORMATS}
@@ -154,7 +166,9 @@ def evaluate_codec(
     return report
 
 
-def compare(name: str, pictures: np.ndarray, copied: torch.Tensor, extractor: Extractor) -> list[Measure]:
+def compare(
+    name: str, pictures: np.ndarray, copied: torch.Tensor, extractor: Extractor, lpips: Lpips | None = None
+) -> list[Measure]:
     """Fidelity of copies, float32 `[N, 3, H, W]` in [-1, 1]; the distance is left out where pictures are too few."""
     number = len(pictures)
     reference = to_pixel_values(pictures)
@@ -163,11 +177,25 @@ def compare(name: str, pictures: np.ndarray, copied: torch.Tensor, extractor: Ex
         Measure(name, "PSNR, dB", float(psnr(to_pixel_values(shown), reference).mean()), number),
         Measure(name, "SSIM", float(ssim(shown, pictures).mean()), number),
     ]
+    if lpips is not None:
+        distances = lpips_distances(lpips, to_pixel_values(shown), reference)
+        measures.append(Measure(name, "LPIPS", float(distances.mean()), number, note=f"by {lpips.name}"))
+    return [*measures, _set_distance(name, reference, to_pixel_values(shown), extractor)]
+
+
+def _set_distance(name: str, reference: torch.Tensor, shown: torch.Tensor, extractor: Extractor) -> Measure:
+    number = len(reference)
+    label, note = "FD", "beside: held-out floor"
     try:
-        distance = frechet(extractor, reference, to_pixel_values(shown))
-    except ValueError as error:
-        return [*measures, Measure(name, "FD", float("nan"), number, note=f"not measured: {error}")]
-    return [*measures, Measure(name, distance.name, distance.value, number, distance.floor, "beside: held-out floor")]
+        if isinstance(extractor, Inception):
+            label, note = "rFID", f"by {extractor.name}"
+            distance = rfid(extractor, reference, shown)
+        else:
+            distance = frechet(extractor, reference, shown)
+    except TooFewPicturesError as error:
+        return Measure(name, label, float("nan"), number, note=f"not measured: {error}")
+    notes = [note, distance.warning]
+    return Measure(name, distance.name, distance.value, number, distance.floor, "; ".join(filter(None, notes)))
 
 
 def code_measures(name: str, subject: Subject, pictures: np.ndarray, copies: Copies) -> list[Measure]:

@@ -1,7 +1,7 @@
 """How far copies are from pictures: per picture, as distributions, and what the codes of a codec carry.
 
 Traps of published scorers are avoided: nothing is resized before it is scored, ranges are stated, a Fréchet distance
-names its extractor and is refused where there are too few pictures for its dimension.
+names its extractor, is refused where there are too few pictures for its dimension, and says where they are few.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from transformers import AutoImageProcessor, AutoModel
 
 from unimm.codes import CodeSpec
 from unimm.data.pictures import to_pictures
+from unimm.nn.scripted import Inception, Lpips
 
 BATCH = 16
+LPIPS_BATCH = 4  # vectors of 256 pixels a side are 32 MB each
+ENOUGH = 10  # pictures per dimension, below which a Fréchet distance is said to be biased
 THUMBNAIL = 4  # side
 
 
@@ -35,6 +38,13 @@ def ssim(copies: np.ndarray, references: np.ndarray) -> np.ndarray:
     pairs = zip(copies, references, strict=True)
     scores = [structural_similarity(a, b, use_sample_covariance=False, **options) for a, b in pairs]
     return np.array(scores)
+
+
+@torch.no_grad()
+def lpips_distances(lpips: Lpips, copies: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """LPIPS of each pair of float32 `[N, 3, H, W]` in [-1, 1], `[N]`."""
+    pairs = zip(copies.split(LPIPS_BATCH), references.split(LPIPS_BATCH), strict=True)
+    return torch.cat([(lpips(a) - lpips(b)).square().sum(dim=1).cpu() for a, b in pairs])
 
 
 class Extractor(Protocol):
@@ -78,39 +88,70 @@ class ModelExtractor:
         return (hidden.flatten(2).mean(dim=2) if hidden.ndim == 4 else hidden.mean(dim=1)).float()
 
 
+class TooFewPicturesError(ValueError):
+    """There are no more of them than the features have dimensions, so that their covariance says nothing."""
+
+
 @dataclass(frozen=True)
 class FrechetDistance:
-    """Between pictures and copies of other pictures, beside that between two halves of the pictures themselves.
+    """Between the features of two sets of pictures.
 
     Args:
-        name: `FD[extractor,d=...,n=...]`, never FID, which means one extractor at 50,000 pictures.
-        value: first half of the pictures to the copies of the second.
-        floor: first half to second half, what a perfect copy would get.
+        name: says its dimensions d and pictures n; FID means one extractor, so that of others is `FD[extractor,...]`.
+        value: the distance.
+        floor: what a perfect copy would get, where it is not 0.
+        warning: why not to believe it; empty for nothing.
     """
 
     name: str
     value: float
-    floor: float
+    floor: float | None
+    warning: str
+
+
+def rfid(inception: Inception, pictures: torch.Tensor, copies: torch.Tensor) -> FrechetDistance:
+    """Of all float32 `[N, 3, H, W]` in [-1, 1] to their copies, as published; there N is 50,000.
+
+    Raises:
+        TooFewPicturesError: N is no more than the features have dimensions.
+    """
+    real, copied = _features(inception, pictures), _features(inception, copies)
+    number, dim = real.shape
+    if number <= dim:
+        raise TooFewPicturesError(
+            f"rFID over features of {dim} dimensions needs more than {dim} pictures, there are {number}; take more, or "
+            "leave out the file of Inception."
+        )
+    return FrechetDistance(f"rFID[d={dim},n={number}]", _distance(real, copied), None, _warning(number, dim))
 
 
 def frechet(extract: Extractor, pictures: torch.Tensor, copies: torch.Tensor) -> FrechetDistance:
-    """The distance (1706.08500) over float32 `[N, 3, H, W]` in [-1, 1].
+    """First half of float32 `[N, 3, H, W]` in [-1, 1] to the copies of the second (1706.08500), and to the second.
 
     Raises:
-        ValueError: half of the pictures are no more than the features have dimensions.
+        TooFewPicturesError: half of the pictures are no more than the features have dimensions.
     """
-    real, copied = (
-        torch.cat([extract(batch) for batch in values.split(BATCH)]).double().numpy() for values in (pictures, copies)
-    )
+    real, copied = _features(extract, pictures), _features(extract, copies)
     half, dim = len(real) // 2, real.shape[1]
     if half <= dim:
-        raise ValueError(
+        raise TooFewPicturesError(
             f"{len(real)} pictures make two halves of {half}, and features of {dim} dimensions need more than {dim} in "
             f"each; take more than {2 * dim + 1} pictures, or a smaller extractor."
         )
     first = real[:half]
     name = f"FD[{extract.name},d={dim},n={half}]"
-    return FrechetDistance(name, _distance(first, copied[half:]), _distance(first, real[half:]))
+    value, floor = _distance(first, copied[half:]), _distance(first, real[half:])
+    return FrechetDistance(name, value, floor, _warning(half, dim))
+
+
+def _features(extract: Extractor, pictures: torch.Tensor) -> np.ndarray:
+    return torch.cat([extract(batch) for batch in pictures.split(BATCH)]).double().numpy()
+
+
+def _warning(number: int, dim: int) -> str:
+    if number >= ENOUGH * dim:
+        return ""
+    return f"biased: {number} pictures are fewer than {ENOUGH} for each of {dim} dimensions"
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:

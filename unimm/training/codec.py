@@ -34,15 +34,16 @@ from unimm.training.objectives import (
     CellFeatures,
     CriticConfig,
     FeatureConfig,
-    FrozenFeatures,
+    PerceptualConfig,
     PixelCritic,
     distillation_loss,
     patch_tower,
+    perceptual_features,
     perceptual_loss,
     vision_tower,
 )
 from unimm.training.optimizer import OptimizerConfig
-from unimm.training.plots import contact_sheet
+from unimm.training.plots import contact_sheet, plot_usage
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
 from unimm.training.run_directory import RunConfig, RunDirectory
 
@@ -101,7 +102,7 @@ class CodecRecipe:
 
     Args:
         model: keys of `VisualCodecConfig`; `encoder.tower` may name a saved vision model.
-        perceptual: a frozen model whose features of the copy should be those of the picture.
+        perceptual: a frozen network whose features of the copy should be those of the picture.
         distill: a frozen model whose features the codec's own decoder of features rebuilds.
         align: frozen models whose features a head beside the codec reads from the codes, by a name for the log.
         disentangle: weight of the mean squared cosine between the branches of a product (FQGAN, 2411.16681).
@@ -122,7 +123,7 @@ class CodecRecipe:
     model: dict[str, Any] = field(default_factory=dict)
     loss: CodecLossConfig = field(default_factory=CodecLossConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    perceptual: FeatureConfig = field(default_factory=FeatureConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     distill: FeatureConfig = field(default_factory=FeatureConfig)
     align: dict[str, AlignmentConfig] = field(default_factory=dict)
     disentangle: float = 0.0
@@ -149,7 +150,7 @@ class CodecTask:
         self.codec = begun_codec(recipe.model).to(memory_format=torch.channels_last)
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
-        self.perceptual = FrozenFeatures(recipe.perceptual) if recipe.perceptual.model else None
+        self.perceptual = perceptual_features(recipe.perceptual)
         self.distill = CellFeatures(recipe.distill) if recipe.distill.model else None
         self.teachers = {f"align_{name}": CellFeatures(config) for name, config in recipe.align.items()}
         self.captions: CaptionEmbeddings | None = None
@@ -214,11 +215,12 @@ class CodecTask:
         for name, pixels in self.held_out.items():
             codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)))
             figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
-            used.append(codes.ids.flatten(0, 1))
+            used.append(codes.ids[codes.mask])
         self.codec.train()
         spec = self.codec.spec_without_fingerprint
         if spec.sizes:
             figures["codes_used_in_validation"] = spec.share_used(torch.cat(used))
+            plot_usage(torch.cat(used), spec.sizes, RunDirectory(self.recipe.run).plots / "codes.png")
         return figures
 
     def draw_sheet(self, path: Path) -> None:

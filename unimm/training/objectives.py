@@ -6,11 +6,14 @@ All live outside the codec, which knows nothing of them. Those with heads of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from unimm.nn.scripted import Lpips
 
 EPS = 1e-4
 LARGEST_WEIGHT = 1e4  # of the adaptive weight
@@ -33,6 +36,24 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
+class PerceptualConfig(FeatureConfig):
+    """A frozen vision model, or LPIPS where its weights are at hand.
+
+    Args:
+        lpips: NVIDIA's `vgg16.pt`, in place of a model; empty for none.
+
+    Raises:
+        ValueError: both.
+    """
+
+    lpips: str = ""
+
+    def __post_init__(self) -> None:
+        if self.model and self.lpips:
+            raise ValueError(f"perceptual.model is {self.model} and perceptual.lpips {self.lpips}; name one of them.")
+
+
+@dataclass(frozen=True)
 class CriticConfig:
     """A critic of patches (PatchGAN, 1611.07004), trained by a hinge.
 
@@ -50,6 +71,13 @@ class CriticConfig:
     channels: int = 64
     layers: int = 3
     adaptive: bool = True
+
+
+class Features(Protocol):
+    """What a frozen network sees."""
+
+    def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """float `[B, 3, H, W]` in [-1, 1] to vectors `[B, ..., D]` of each layer that is compared."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +173,30 @@ class CellFeatures:
         return self.features(pixels)[-1][:, -self.num_cells :]
 
 
-def perceptual_loss(features: FrozenFeatures, drawn: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Squared distance of unit features, averaged over layers and positions (after LPIPS, 1801.03924)."""
+class LpipsFeatures:
+    """The vectors of LPIPS, as one layer with one position, so that their squared distance is LPIPS itself.
+
+    Raises:
+        ValueError: a file that is not that of LPIPS.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.lpips = Lpips(path)
+
+    def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """float `[B, 3, H, W]` to `[B, D]`."""
+        return [self.lpips(pixels)]
+
+
+def perceptual_features(config: PerceptualConfig) -> Features | None:
+    """What the recipe names, if anything."""
+    if config.lpips:
+        return LpipsFeatures(config.lpips)
+    return FrozenFeatures(config) if config.model else None
+
+
+def perceptual_loss(features: Features, drawn: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Squared distance of features, averaged over layers and positions: LPIPS, or after it (1801.03924)."""
     with torch.no_grad():
         wanted = features(pixels)
     pairs = zip(features(drawn), wanted, strict=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from unimm.files import atomic_write
@@ -70,6 +71,28 @@ def plot_curves(curves: Sequence[Curve], path: Path, *, leave_out: Sequence[str]
         axis.grid(alpha=0.3)
         if len(curves) > 1:
             axis.legend(fontsize=7)
+    figure.tight_layout()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=90)
+    pyplot.close(figure)
+
+
+def plot_usage(ids: torch.Tensor, sizes: Sequence[int], path: Path) -> None:
+    """How often each code occurs in ids `[M, K]`, most frequent first, with a panel for each slot, of `sizes` codes."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(4, len(sizes))
+    rows = -(-len(sizes) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 2.4 * rows), squeeze=False)
+    for axis in axes.flat[len(sizes) :]:
+        axis.axis("off")
+    for index, (axis, slot, size) in enumerate(zip(axes.flat, ids.cpu().unbind(dim=1), sizes, strict=False)):
+        counts = slot.unique(return_counts=True)[1].sort(descending=True).values.numpy()
+        axis.stairs(counts, baseline=0.5, fill=True)
+        axis.set(yscale="log", xlim=(0, size), ylim=(0.5, None))
+        axis.set_title(f"slot {index}: {len(counts):,} of {size:,} codes", fontsize=9)
+        axis.set_xlabel("codes by frequency", fontsize=8)
     figure.tight_layout()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=90)
