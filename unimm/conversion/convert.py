@@ -24,7 +24,7 @@ from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
 from unimm.conversion.registry import find_upstream
 from unimm.conversion.shards import SHARD_BYTES, Output, write_weights
 from unimm.conversion.upstream import CODEC, Plan, Rename, Upstream, UpstreamConfig
-from unimm.conversion.weights import StoredTensor, stored_tensors
+from unimm.conversion.weights import StoredTensor, stored_tensors, with_averages
 from unimm.files import resumable_directory
 from unimm.unified import UniMMForConditionalGeneration
 
@@ -61,6 +61,7 @@ class Report:
         upstream: the system and its licence.
         target: the saved model.
         converted: how many tensors went over.
+        averaged: how many of them are moving averages, which stand for the weights of the last step.
         dropped: keys without effect that stayed behind.
         codes: what the model makes of a picture, or has for one, in words.
     """
@@ -68,6 +69,7 @@ class Report:
     upstream: Upstream
     target: Path
     converted: int
+    averaged: int
     dropped: tuple[str, ...]
     codes: str
 
@@ -76,6 +78,7 @@ class Report:
             f"{self.upstream.system}: {self.upstream.repository}, {self.upstream.paper}",
             f"licence of the code and weights: {self.upstream.licence}",
             f"{self.converted} tensors converted, {len(self.dropped)} without effect left behind",
+            *([f"{self.averaged} of them are moving averages of the weights"] if self.averaged else []),
             *(f"  {key}" for key in self.dropped),
             self.codes,
             str(self.target),
@@ -96,7 +99,8 @@ def convert(
 
     Args:
         system: name of the upstream.
-        source: its files; weights are safetensors or pickles of nothing but tensors, in one file or in shards.
+        source: its files; weights are safetensors or pickles of tensors and plain containers, in one file of any name
+            or in shards.
         target: a new folder.
         accept_licence: for a restricted licence.
         detokenizer: folder of the diffusion model that a whole system draws with, where upstream keeps it apart.
@@ -119,6 +123,8 @@ def convert(
     config = UpstreamConfig(fields, source, None if detokenizer is None else Path(detokenizer))
     plan = _plan(upstream, config)
     stored = stored_tensors(source, plan.files)
+    if plan.averages:
+        stored = with_averages(stored, plan.averages)
     pieces, dropped = rename(plan, stored, frozenset(fields.get("keys_without_effect_on_stored_outputs", ())))
     model = _fitting_model(plan, pieces)
     outputs = [_output(plan, name, pieces[name]) for name in sorted(pieces)]
@@ -136,7 +142,8 @@ def convert(
         write_weights(folder, outputs, shard_bytes=shard_bytes)
         _write_configuration(plan, model, outputs, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return Report(upstream, target, len(stored) - len(dropped), tuple(dropped), _summary(model))
+    averaged = sum(bool(tensor.average) for key, tensor in stored.items() if key not in dropped)
+    return Report(upstream, target, len(stored) - len(dropped), averaged, tuple(dropped), _summary(model))
 
 
 def rename(
@@ -247,6 +254,7 @@ def _where_tensors_lie(
             "name": tensor.name,
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
+            **({"average": tensor.average} if tensor.average else {}),
         }
         for key, tensor in stored.items()
         if key not in dropped

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from unimm.files import atomic_directory, atomic_write
 def restore(system: str, source: str | Path, target: str | Path) -> Path:
     """Write the model in `source`, converted from a system and perhaps trained further, in that system's layout.
 
-    Keys that the conversion dropped, since nothing depends on them, stay dropped.
+    Keys that the conversion dropped, since nothing depends on them, stay dropped. Where a moving average was converted,
+    it is written both as the average and as the weight.
 
     Raises:
         ValueError: an unknown system, a model of another one, or a target that exists.
@@ -65,7 +67,9 @@ def restore(system: str, source: str | Path, target: str | Path) -> Path:
     with atomic_directory(target) as folder:
         for file in {entry["file"]: None for entry in record["tensors"].values()}:
             entries = {key: entry for key, entry in record["tensors"].items() if entry["file"] == file}
-            _write_file(folder / file, [outputs[key] for key in entries], next(iter(entries.values()))["inside"])
+            state = [outputs[key] for key in entries]
+            state += [replace(outputs[key], name=e["average"]) for key, e in entries.items() if "average" in e]
+            _write_file(folder / file, state, next(iter(entries.values()))["inside"])
         (folder / "config.json").write_text(json.dumps(record["config"], indent=1) + "\n", encoding="utf-8")
         if upstream.restore_rest is not None:
             upstream.restore_rest(record["config"], source, folder)

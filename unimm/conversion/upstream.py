@@ -45,14 +45,18 @@ class WeightFile:
     Args:
         path: a file, or a folder with one file or an index of shards; relative to the source.
         prefix: what is put before its keys, to tell those of several files apart.
-        inside: keys of the mappings around the tensors, of a pickle.
+        inside: keys of the mappings around the tensors of a pickle; of several such paths, the first that is there. A
+            pickle of nothing but tensors is taken as it is.
         optional: whether it may be missing.
     """
 
     path: str = ""
     prefix: str = ""
-    inside: tuple[str, ...] = ()
+    inside: tuple[tuple[str, ...], ...] = ()
     optional: bool = False
+
+
+LIGHTNING_FILES = (WeightFile(inside=(("state_dict",),)),)  # a checkpoint of PyTorch Lightning
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Plan:
         stretch: whether pictures are stretched to that square rather than cropped.
         model_class: what is built from the configuration.
         files: where the weights lie.
+        averages: what stands before the names of moving averages of weights, the weights' own names without dots; they
+            are converted instead of the weights that have one.
         copies: tensors of ours that are another one of ours, where upstream's share one.
         finish: writes what goes beside the model, into the folder that it is given.
     """
@@ -80,6 +86,7 @@ class Plan:
     stretch: bool = False
     model_class: type[PreTrainedModel] = VisualCodecModel
     files: tuple[WeightFile, ...] = (WeightFile(),)
+    averages: str = ""
     copies: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[Path], None] | None = None
 
@@ -178,6 +185,11 @@ class UpstreamConfig:
         """A size that upstream's code holds as `upstream`."""
         value = self._literals.get(name, upstream)
         return value["here"] if isinstance(value, Mapping) and "here" in value else value
+
+
+def separate_or_one(folder: Path, *separate: WeightFile) -> tuple[WeightFile, ...]:
+    """Upstream's separate files, where the first of them is in the folder, and one file of all weights where not."""
+    return separate if (folder / separate[0].path).is_file() else (WeightFile(),)
 
 
 def _at(node: Any, path: str, default: Any) -> Any:

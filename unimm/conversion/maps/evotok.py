@@ -9,7 +9,7 @@ import torch
 
 from unimm.codec import VisualCodecConfig
 from unimm.conversion.maps.eva import with_key_bias
-from unimm.conversion.maps.llamagen import DEFAULT_MULTIPLIERS, conv_block_renames
+from unimm.conversion.maps.llamagen import DEFAULT_MULTIPLIERS, FILES, conv_block_renames
 from unimm.conversion.maps.pyramids import channels
 from unimm.conversion.maps.tar import EPS, layer_renames
 from unimm.conversion.maps.tar import TOWERS as TAR_TOWERS
@@ -202,7 +202,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         *pixel_renames(),
     )
     counts = (r"quantize\.codebooks\.\d+\.(?:cluster_size|embed)_ema", r"quantize\.codebook_used")
-    return Plan(config, renames, (*tower_without_effect(tower), *counts), INPUT_STATISTICS)
+    return Plan(config, renames, (*tower_without_effect(tower), *counts), INPUT_STATISTICS, files=FILES)
 
 
 TOKENIZER = Upstream(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from unimm.codec import VisualCodecConfig
-from unimm.conversion.maps.llamagen import DEFAULT_MULTIPLIERS, IMAGE_SIZE, conv_block_renames
+from unimm.conversion.maps.llamagen import DEFAULT_MULTIPLIERS, FILES, IMAGE_SIZE, conv_block_renames
 from unimm.conversion.maps.pyramids import channels
 from unimm.conversion.upstream import LEAVES, Plan, Rename, Upstream, UpstreamConfig, kernel_of_points, matrix, under
 
@@ -123,7 +123,7 @@ def _plan(upstream: UpstreamConfig, factors: Factors) -> Plan:
     )
     # Heads that predict the features of teachers in training, and counts of it.
     without_effect = (r"\w*feat_pred\w*\..*", r"quantize_\w+\.codebook_used")
-    return Plan(config, renames, without_effect)
+    return Plan(config, renames, without_effect, files=FILES)
 
 
 def dual_plan(upstream: UpstreamConfig) -> Plan:

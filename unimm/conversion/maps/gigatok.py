@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from unimm.codec import VisualCodecConfig
-from unimm.conversion.maps.llamagen import DEFAULT_MULTIPLIERS, IMAGE_SIZE, conv_block_renames
+from unimm.conversion.maps.llamagen import DEFAULT_MULTIPLIERS, FILES, IMAGE_SIZE, conv_block_renames
 from unimm.conversion.maps.pyramids import CODEBOOK, channels
 from unimm.conversion.upstream import (
     LEAVES,
@@ -198,7 +198,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
             },
         },
     )
-    return Plan(config, RENAMES, without_effect=(r"quantize\.codebook_used",))
+    return Plan(config, RENAMES, without_effect=(r"quantize\.codebook_used",), files=FILES)
 
 
 TOKENIZER = Upstream(

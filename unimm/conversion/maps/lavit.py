@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from unimm.codec import VisualCodecConfig
 from unimm.conversion.maps.eva import CLIP_MEAN, CLIP_STD, EVA_G, tower_options, tower_renames
-from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, first, under
+from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, WeightFile, first, separate_or_one, under
 
-# The prefixes under which the weights of upstream's separate files stand.
+VISUAL = "visual_tokenizer"  # upstream's folder
+# The names of its files, and the prefixes under which their weights stand.
 ENCODER, DECODER, LARGE_DECODER = "tokenizer_encoder", "tokenizer_decoder", "highres_tokenizer_decoder"
 MERGER_MLP_RATIO = 4.3637
 FEATURE_WIDTH, OUT_WIDTH = 1408, 768  # of the tower, and of what the first diffusion model reads
@@ -57,6 +58,16 @@ def merger_renames(source: str, target: str) -> tuple[Rename, ...]:
     return (
         *under(source, target, {"ln_vision": "features_norm", "norm": "norm"}),
         *under(rf"{source}\.blocks\.(?P<index>\d+)", target + r".blocks.\g<index>", MERGER_PARTS),
+    )
+
+
+def separate_files(folder: str, *, large: bool) -> tuple[WeightFile, ...]:
+    """Upstream's files in a folder; the tower may lie in one of its own, and each diffusion model has a decoder."""
+    decoder = LARGE_DECODER if large else DECODER
+    return (
+        WeightFile(f"{folder}/{ENCODER}.bin", prefix=f"{ENCODER}."),
+        WeightFile(f"{folder}/eva_vitg_psz14.bin", prefix=f"{ENCODER}.encoder.", optional=True),
+        WeightFile(f"{folder}/{decoder}.bin", prefix=f"{decoder}."),
     )
 
 
@@ -133,7 +144,9 @@ def plan(upstream: UpstreamConfig, *, large: bool = False) -> Plan:
         *under(rf"{prefix}\.decode_task_layer", "decoder.head", {"0": "0", "2": "2"}),
     )
     elsewhere = rf"{LARGE_DECODER}\.{CONDITION_KEYS}.*" if large else rf"{LARGE_DECODER}\..*"
-    return Plan(config, renames, (*WITHOUT_EFFECT, elsewhere))
+    folder = VISUAL if (upstream.folder / VISUAL).is_dir() else "."
+    files = separate_or_one(upstream.folder, *separate_files(folder, large=large))
+    return Plan(config, renames, (*WITHOUT_EFFECT, elsewhere), files=files)
 
 
 TOKENIZER = Upstream(

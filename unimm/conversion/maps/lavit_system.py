@@ -27,10 +27,10 @@ FEWEST, MOST = 20, 200  # codes of a drawn picture
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "guidance_scale": 4.0}
 STEPS, GUIDANCE = 50, 5.0
 LARGE_STEPS, LARGE_GUIDANCE = 25, 7.0
-LANGUAGE, VISUAL, PIXELS = "language_model", "visual_tokenizer", "pixel_decoding"
+LANGUAGE, PIXELS = "language_model", "pixel_decoding"
 READER = "reader"
 PARTS = ("scheduler", "unet", "vae")
-LARGE_FILE = f"{VISUAL}/{lavit.LARGE_DECODER}.bin"
+LARGE_FILE = f"{lavit.VISUAL}/{lavit.LARGE_DECODER}.bin"
 # Upstream's names of what Stable Diffusion XL reads through, and ours.
 CONDITION_PARTS = {
     "unet_proj_1": "first",
@@ -48,7 +48,7 @@ CONDITION_NAMES = {
 def read(source: Path) -> dict[str, Any]:
     """The language model's configuration, and under `visual_tokenizer` sizes other than the published ones."""
     fields = read_config(source / LANGUAGE)
-    sizes = source / VISUAL / "config.json"
+    sizes = source / lavit.VISUAL / "config.json"
     return fields | ({"visual_tokenizer": json.loads(sizes.read_text(encoding="utf-8"))} if sizes.is_file() else {})
 
 
@@ -112,11 +112,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
     files = (
         WeightFile(LANGUAGE, prefix=f"{LANGUAGE}."),
         WeightFile(f"{LANGUAGE}/visual_weight.bin", prefix=f"{READER}."),
-        WeightFile(f"{VISUAL}/tokenizer_encoder.bin", prefix=f"{lavit.ENCODER}."),
-        WeightFile(f"{VISUAL}/eva_vitg_psz14.bin", prefix=f"{lavit.ENCODER}.encoder.", optional=True),
-        WeightFile(LARGE_FILE, prefix=f"{lavit.LARGE_DECODER}.")
-        if large
-        else WeightFile(f"{VISUAL}/{lavit.DECODER}.bin", prefix=f"{lavit.DECODER}."),
+        *lavit.separate_files(lavit.VISUAL, large=large),
     )
     renames = (
         *plain_renames(config.vocabulary.size, prefix=rf"{LANGUAGE}\."),

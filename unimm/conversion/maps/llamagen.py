@@ -13,10 +13,12 @@ from unimm.conversion.maps.pyramids import (
     channels,
     level,
 )
-from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, under
+from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, WeightFile, under
 
 DEFAULT_MULTIPLIERS = (1, 1, 2, 2, 4)
 IMAGE_SIZE = 256  # of training; in no configuration
+# What LlamaGen's training writes, and that of others after it, which evaluate moving averages where there are some.
+FILES = (WeightFile(inside=(("ema",), ("model",))),)
 
 
 def conv_block_renames(side: str, target: str = "") -> tuple[Rename, ...]:
@@ -74,7 +76,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         },
     )
     renames = (*conv_block_renames("encoder"), *conv_block_renames("decoder"), *GRID_PROJECTIONS, *CODEBOOK)
-    return Plan(config, renames, without_effect=(r"quantize\.codebook_used",))
+    return Plan(config, renames, without_effect=(r"quantize\.codebook_used",), files=FILES)
 
 
 VQ = Upstream(

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from unimm.codec import VisualCodecConfig
-from unimm.conversion.upstream import LEAVES, Plan, Rename, Upstream, UpstreamConfig, kernel_of_lines, under
+from unimm.conversion.upstream import (
+    LEAVES,
+    LIGHTNING_FILES,
+    Plan,
+    Rename,
+    Upstream,
+    UpstreamConfig,
+    kernel_of_lines,
+    under,
+)
 
 SIDES = {"encoder": "enc", "decoder": "dec"}
 KINDS = {"t": False, "w": True}  # whether a block sees windows
@@ -141,7 +150,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         *side_renames("decoder", moment_index=moment_index),
         Rename(rf"decoder\.to_pixels_first_frame\.0\.{LEAVES}", r"decoder.to_pixels.\g<leaf>"),
     )
-    return Plan(config, renames, WITHOUT_EFFECT)
+    return Plan(config, renames, WITHOUT_EFFECT, files=LIGHTNING_FILES)
 
 
 TOKENIZER = Upstream(

@@ -13,12 +13,22 @@ from unimm.conversion.maps.pyramids import (
     channels,
     level,
 )
-from unimm.conversion.upstream import LEAVES, Plan, Rename, Upstream, UpstreamConfig, blocks_last_to_first, under
+from unimm.conversion.upstream import (
+    LEAVES,
+    LIGHTNING_FILES,
+    Plan,
+    Rename,
+    Upstream,
+    UpstreamConfig,
+    blocks_last_to_first,
+    under,
+)
 
 REPOSITORY = "TencentARC/SEED-Voken"
 LICENCE = "Apache-2.0"
-# Training copies and losses in a full checkpoint; the weights proper are complete without them.
-TRAINING_STATE = (r"model_ema\..*", r"loss\..*")
+# What stands before the moving averages of weights, which upstream evaluates: also those of the losses, and two counts.
+AVERAGES = "model_ema."
+TRAINING_STATE = (r"loss\..*", r"model_ema\.(?:decay|num_updates|loss.*)")
 
 
 def level_renames(num_levels: int) -> tuple[Rename, ...]:
@@ -34,6 +44,13 @@ def _check(upstream: UpstreamConfig) -> None:
         value = upstream.get(f"ddconfig.{name}", legal)
         if value != legal:
             raise ValueError(f"ddconfig.{name} is {value!r}; this codec exists for {legal!r} only.")
+
+
+def _plan(upstream: UpstreamConfig, config: VisualCodecConfig, renames: list[Rename]) -> Plan:
+    """With the averages in the weights' places, unless the configuration says that there are none to use."""
+    if upstream.get("use_ema", True):
+        return Plan(config, tuple(renames), TRAINING_STATE, files=LIGHTNING_FILES, averages=AVERAGES)
+    return Plan(config, tuple(renames), (*TRAINING_STATE, r"model_ema\..*"), files=LIGHTNING_FILES)
 
 
 def plan_ibq(upstream: UpstreamConfig) -> Plan:
@@ -81,7 +98,7 @@ def plan_ibq(upstream: UpstreamConfig) -> Plan:
     for index in range(len(widths)):
         resize = f"decoder.levels.{len(widths) - 1 - index}.resize"
         renames += under(rf"decoder\.up\.{index}\.upsample", resize, {"conv": "conv"})
-    return Plan(config, tuple(renames), without_effect=TRAINING_STATE)
+    return _plan(upstream, config, renames)
 
 
 def plan_open_magvit2(upstream: UpstreamConfig) -> Plan:
@@ -120,7 +137,7 @@ def plan_open_magvit2(upstream: UpstreamConfig) -> Plan:
         renames += under(rf"{side}\.mid_block\.(?P<index>\d+)", rf"{side}.middle.\g<index>", BLOCK)
     renames += under(r"encoder\.down\.(?P<level>\d+)", r"encoder.levels.\g<level>.resize", {"downsample": "conv"})
     renames += adaptive_renames(len(widths))
-    return Plan(config, tuple(renames), without_effect=TRAINING_STATE)
+    return _plan(upstream, config, renames)
 
 
 def adaptive_renames(num_levels: int, resize: str = r"decoder\.up\.{index}\.upsample\.conv1") -> tuple[Rename, ...]:

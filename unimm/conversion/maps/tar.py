@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from unimm.codec import VisualCodecConfig
-from unimm.conversion.upstream import LEAVES, Plan, Rename, Upstream, UpstreamConfig, kernel_of_lines, under
+from unimm.conversion.upstream import (
+    LEAVES,
+    Plan,
+    Rename,
+    Upstream,
+    UpstreamConfig,
+    WeightFile,
+    kernel_of_lines,
+    read_config,
+    under,
+)
+from unimm.conversion.weights import unpickled
+from unimm.files import atomic_write
 
 TOWERS = {
     "google/siglip2-so400m-patch14-384": {
@@ -19,6 +34,8 @@ TOWERS = {
     },
 }
 DECODER = {"num_attention_heads": 12, "intermediate_size": 3072, "num_patches": 256}
+CODEC_FILE = "ta_tok.pth"
+CODEC_KEYS = ("model", "sd")  # of the weights in it
 POOLS = (1, 2, 3)
 EPS = 1e-6
 PARTS = {
@@ -28,6 +45,29 @@ PARTS = {
     "mlp.fc1": "mlp.up",
     "mlp.fc2": "mlp.down",
 }
+
+
+def read(source: Path) -> dict[str, Any]:
+    """Upstream's configuration; where there is no `config.json`, as the file of the weights holds it."""
+    if (source / CODEC_FILE).is_file() and not (source / "config.json").is_file():
+        return {"args": stored_args(source)}
+    return read_config(source)
+
+
+def stored_args(source: Path) -> dict[str, Any]:
+    """The tokenizer's sizes, which stand in its file beside the weights."""
+    return dict(unpickled(source / CODEC_FILE)["model"]["args"])
+
+
+def restore_args(args: Mapping[str, Any], folder: Path) -> None:
+    """Put the tokenizer's sizes back into its file, where it is in the folder."""
+    file = folder / CODEC_FILE
+    if not file.is_file():
+        return
+    whole = unpickled(file)
+    whole["model"]["args"] = dict(args)
+    with atomic_write(file) as temporary:
+        torch.save(whole, temporary)
 
 
 def _tower(upstream: UpstreamConfig) -> Mapping[str, Any]:
@@ -135,7 +175,8 @@ def plan(upstream: UpstreamConfig) -> Plan:
         r"bottleneck\.regularizer\.stochastic_temperature_inv",  # learned where codes are drawn by chance
     )
     constants = {r"scale_layer\.(?:scale|shift)": 0.5}
-    return Plan(config, renames, without_effect, constants=constants, stretch=True)
+    files = (WeightFile(inside=(CODEC_KEYS,)),)
+    return Plan(config, renames, without_effect, constants=constants, stretch=True, files=files)
 
 
 TA_TOK = Upstream(
@@ -146,4 +187,6 @@ TA_TOK = Upstream(
     plan=plan,
     restricted=True,
     aliases=("tatok",),
+    read=read,
+    restore_rest=lambda fields, _source, folder: restore_args(fields.get("args", fields), folder),
 )

@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unimm.conversion.maps import tar
 from unimm.conversion.text import PLACEHOLDER, first_code, template, token_id, upstream_tokenizer
 from unimm.conversion.upstream import Plan, Upstream, UpstreamConfig, WeightFile, read_config
-from unimm.conversion.weights import unpickled
 from unimm.conversion.whole import Front, padded_rows, plain_renames, stock_detokenizer, text_fields, whole_plan
-from unimm.files import atomic_write
 from unimm.unified import UniMMConfig
 
 CODE_NAME, SIZE_NAME = "<I{}>", "<S{}>"
@@ -20,24 +16,19 @@ OPEN, CLOSE = "<im_start>", "<im_end>"
 SYSTEM_PROMPT = "You are a helpful assistant."
 SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 1200}
 STEPS, GUIDANCE = 20, 4.0  # of the release, the second
-CODEC_FILE = "ta_tok.pth"
 
 
 def read(source: Path) -> dict[str, Any]:
     """The language model's configuration, and the tokenizer's as its file holds it under `visual_tokenizer`."""
     fields = read_config(source)
-    if "visual_tokenizer" not in fields and (source / CODEC_FILE).is_file():
-        fields["visual_tokenizer"] = {"args": dict(unpickled(source / CODEC_FILE)["model"]["args"])}
+    if "visual_tokenizer" not in fields and (source / tar.CODEC_FILE).is_file():
+        fields["visual_tokenizer"] = {"args": tar.stored_args(source)}
     return fields
 
 
 def restore_sizes(fields: dict[str, Any], _source: Path, folder: Path) -> None:
     """Put the tokenizer's sizes back into its file, beside the weights."""
-    file = folder / CODEC_FILE
-    whole = unpickled(file)
-    whole["model"]["args"] = fields["visual_tokenizer"]["args"]
-    with atomic_write(file) as temporary:
-        torch.save(whole, temporary)
+    tar.restore_args(fields["visual_tokenizer"]["args"], folder)
 
 
 def plan(upstream: UpstreamConfig) -> Plan:
@@ -98,7 +89,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         codec=codec,
         detokenizer=stock_detokenizer(upstream, "SanaPipeline", steps=STEPS, guidance=GUIDANCE),
     )
-    files = (WeightFile(), WeightFile(CODEC_FILE, inside=("model", "sd")))
+    files = (WeightFile(), WeightFile(tar.CODEC_FILE, inside=(tar.CODEC_KEYS,)))
     tied = upstream.get("tie_word_embeddings", False)
     return whole_plan(config, plain_renames(config.vocabulary.size, tied=tied), front, files=files, tied=tied)
 

@@ -14,7 +14,7 @@ from unimm.conversion.maps.evotok import (
     tower_renames,
     tower_without_effect,
 )
-from unimm.conversion.maps.llamagen import DEFAULT_MULTIPLIERS, conv_block_renames
+from unimm.conversion.maps.llamagen import DEFAULT_MULTIPLIERS, FILES, conv_block_renames
 from unimm.conversion.maps.pyramids import channels
 from unimm.conversion.upstream import LEAVES, Plan, Rename, Upstream, UpstreamConfig, under
 
@@ -79,7 +79,8 @@ def plan(upstream: UpstreamConfig) -> Plan:
         *reader_renames(),
         *pixel_renames(),
     )
-    return Plan(config, renames, (*tower_without_effect(tower), r"quantize\.codebook_used"), INPUT_STATISTICS)
+    without_effect = (*tower_without_effect(tower), r"quantize\.codebook_used")
+    return Plan(config, renames, without_effect, INPUT_STATISTICS, files=FILES)
 
 
 TOKENIZER = Upstream(

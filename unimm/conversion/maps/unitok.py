@@ -7,7 +7,7 @@ from typing import Any
 
 from unimm.codec import VisualCodecConfig
 from unimm.conversion.maps.eva import with_key_bias
-from unimm.conversion.upstream import LEAVES, Plan, Rename, Upstream, UpstreamConfig, under
+from unimm.conversion.upstream import LEAVES, Plan, Rename, Upstream, UpstreamConfig, WeightFile, under
 
 TOWERS: dict[str, dict[str, Any]] = {
     "vitamin_small": {"stage_dims": [64, 128, 384], "stage_depths": [2, 4, 1], "vit_depth": 14, "vit_heads": 6},
@@ -47,6 +47,7 @@ WITHOUT_EFFECT = (
     r"logit_scale",
     r"quantizer\.codebooks\.\d+\.vocab_usage",
 )
+FILES = (WeightFile(inside=(("trainer", "unitok"),)),)
 
 
 def projection_renames(source: str, target: str) -> tuple[Rename, ...]:
@@ -117,7 +118,7 @@ def _plan(upstream: UpstreamConfig, *, causal: bool) -> Plan:
         *under(r"decoder\.up_conv3\.(?P<block>\d+)", r"decoder.stages.1.\g<block>", BOTTLENECK),
         *under(r"decoder\.up_conv4", "decoder.out", {"conv1.conv": "0.conv", "norm1": "1", "conv2": "3"}),
     )
-    return Plan(config, renames, WITHOUT_EFFECT, constants={r"encoder\.pos_embed": 0.0})
+    return Plan(config, renames, WITHOUT_EFFECT, constants={r"encoder\.pos_embed": 0.0}, files=FILES)
 
 
 def plan(upstream: UpstreamConfig) -> Plan:

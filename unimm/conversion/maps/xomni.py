@@ -7,7 +7,7 @@ from typing import Any
 
 from unimm.codec import VisualCodecConfig
 from unimm.conversion.maps.pyramids import BLOCK, GRID_PROJECTIONS
-from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, first, under
+from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, WeightFile, first, separate_or_one, under
 
 # By the name of the tower in upstream's configuration.
 TOWERS = {
@@ -40,6 +40,11 @@ PARTS = {
 }
 # The tower's own final norm and pooling head, which features are taken before.
 WITHOUT_EFFECT = (r"vit\.norm\..*", r"vit\.attn_pool\..*", r"vit\.(?:fc_norm|head)\..*")
+
+
+def separate_files(tower: str, projector: str) -> tuple[WeightFile, ...]:
+    """Upstream's two files, whose names its configuration gives."""
+    return WeightFile(tower, prefix="vit."), WeightFile(projector, prefix="vqproj.")
 
 
 def plan(upstream: UpstreamConfig, *, shapes: Mapping[str, Any] | None = None) -> Plan:
@@ -101,7 +106,9 @@ def plan(upstream: UpstreamConfig, *, shapes: Mapping[str, Any] | None = None) -
     any_shape = RELEASED_SHAPES if table_pixels >= RELEASED_SHAPES["long_size"] else None
     if shapes is not None:
         any_shape = {name: shapes.get(name, released) for name, released in RELEASED_SHAPES.items()}
-    return Plan(config, renames, without_effect=WITHOUT_EFFECT, any_shape=any_shape)
+    names = upstream.get("siglip_path", ""), upstream.get("projector_path", "")
+    files = separate_or_one(upstream.folder, *separate_files(*names))
+    return Plan(config, renames, without_effect=WITHOUT_EFFECT, any_shape=any_shape, files=files)
 
 
 TOKENIZER = Upstream(

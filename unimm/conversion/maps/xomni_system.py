@@ -92,11 +92,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
         codec=codec,
         detokenizer=None if upstream.detokenizer is None else partial(write_detokenizer, upstream, vision["decoder"]),
     )
-    files = (
-        WeightFile(),
-        WeightFile(encoder["siglip_path"], prefix="vit."),
-        WeightFile(encoder["projector_path"], prefix="vqproj."),
-    )
+    files = (WeightFile(), *xomni.separate_files(encoder["siglip_path"], encoder["projector_path"]))
     return whole_plan(config, xomni_lm.renames(config), front, files=files)
 
 
