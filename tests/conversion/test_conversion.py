@@ -261,7 +261,8 @@ def test_damaged_or_absent_files_are_refused(source, tmp_path):
     (source / "weights.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="not a safetensors file"):
         convert("llamagen_vq", source, tmp_path / "out")
-    (source / "weights.safetensors").unlink()
+    for file in source.glob("*.safetensors"):
+        file.unlink()
     with pytest.raises(FileNotFoundError, match="has no weights"):
         convert("llamagen_vq", source, tmp_path / "out")
     (source / "weights.bin").write_bytes(b"")
@@ -300,6 +301,16 @@ def test_the_command_line_says_what_it_did(source, tmp_path, capsys):
     assert "157 tensors converted" in said
     assert main(["convert", "lamagen", str(source), str(tmp_path / "other")]) == 2
     assert "Did you mean" in capsys.readouterr().err
+
+
+def test_arguments_that_nothing_reads_are_named(source, tmp_path):
+    fields = json.loads((source / "config.json").read_text())
+    fields["args"] |= {"l2_norm": True, "training": {"lr": 1e-4}}  # the first is misspelt
+    (source / "config.json").write_text(json.dumps(fields))
+    report = convert("llamagen_vq", source, tmp_path / "out")
+    assert {"l2_norm", "training.lr"} <= {*report.unread}
+    assert "codebook_size" not in report.unread
+    assert "that nothing reads: " in str(report)
 
 
 def test_inspection_shows_presets_and_converted_codecs(converted, capsys):

@@ -63,6 +63,7 @@ class Report:
         converted: how many tensors went over.
         averaged: how many of them are moving averages, which stand for the weights of the last step.
         dropped: keys without effect that stayed behind.
+        unread: arguments of a codec's configuration that nothing here reads: those of training, or misspelt ones.
         codes: what the model makes of a picture, or has for one, in words.
     """
 
@@ -71,6 +72,7 @@ class Report:
     converted: int
     averaged: int
     dropped: tuple[str, ...]
+    unread: tuple[str, ...]
     codes: str
 
     def __str__(self) -> str:
@@ -80,6 +82,7 @@ class Report:
             f"{self.converted} tensors converted, {len(self.dropped)} without effect left behind",
             *([f"{self.averaged} of them are moving averages of the weights"] if self.averaged else []),
             *(f"  {key}" for key in self.dropped),
+            *([f"arguments that nothing reads: {', '.join(self.unread)}"] if self.unread else []),
             self.codes,
             str(self.target),
         ]
@@ -143,7 +146,9 @@ def convert(
         _write_configuration(plan, model, outputs, folder)
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     averaged = sum(bool(tensor.average) for key, tensor in stored.items() if key not in dropped)
-    return Report(upstream, target, len(stored) - len(dropped), averaged, tuple(dropped), _summary(model))
+    unread = tuple(config.unread) if plan.model_class is VisualCodecModel else ()
+    converted = len(stored) - len(dropped)
+    return Report(upstream, target, converted, averaged, tuple(dropped), unread, _summary(model))
 
 
 def rename(

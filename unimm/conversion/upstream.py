@@ -158,6 +158,7 @@ class UpstreamConfig:
         self.args: Mapping[str, Any] = fields.get("args", fields)
         patched = fields.get("patched_literals", {})
         self._literals: Mapping[str, Any] = patched if isinstance(patched, Mapping) else {}
+        self._read: set[str] = set()
 
     def get(self, path: str, default: Any = REQUIRED) -> Any:
         """The argument at a dotted path.
@@ -165,7 +166,14 @@ class UpstreamConfig:
         Raises:
             ValueError: it is not there and has no default.
         """
+        self._read.add(path)
         return _at(self.args, path, default)
+
+    @property
+    def unread(self) -> list[str]:
+        """Dotted paths of arguments that nothing has asked for, which no model depends on, or are misspelt."""
+        paths = _leaves(self.args)
+        return [path for path in paths if not any(f"{path}.".startswith(f"{read}.") for read in self._read)]
 
     def require(self, values: Mapping[str, Any]) -> None:
         """Check arguments, by dotted path, that have one value in every published model; absent ones have it.
@@ -190,6 +198,13 @@ class UpstreamConfig:
 def separate_or_one(folder: Path, *separate: WeightFile) -> tuple[WeightFile, ...]:
     """Upstream's separate files, where the first of them is in the folder, and one file of all weights where not."""
     return separate if (folder / separate[0].path).is_file() else (WeightFile(),)
+
+
+def _leaves(node: Mapping[str, Any], way: str = "") -> list[str]:
+    paths = []
+    for name, value in node.items():
+        paths += _leaves(value, f"{way}{name}.") if isinstance(value, Mapping) else [f"{way}{name}"]
+    return paths
 
 
 def _at(node: Any, path: str, default: Any) -> Any:
