@@ -89,10 +89,10 @@ def plot_usage(ids: torch.Tensor, sizes: Sequence[int], path: Path) -> None:
         axis.axis("off")
     for index, (axis, slot, size) in enumerate(zip(axes.flat, ids.cpu().unbind(dim=1), sizes, strict=False)):
         counts = slot.unique(return_counts=True)[1].sort(descending=True).values.numpy()
-        axis.stairs(counts, baseline=0.5, fill=True)
-        axis.set(yscale="log", xlim=(0, size), ylim=(0.5, None))
+        axis.stairs(counts, np.arange(1, len(counts) + 2), baseline=0.5, fill=True)
+        axis.set(xscale="log", yscale="log", xlim=(1, size + 1), ylim=(0.5, None))  # one code alone is seen too
         axis.set_title(f"slot {index}: {len(counts):,} of {size:,} codes", fontsize=9)
-        axis.set_xlabel("codes by frequency", fontsize=8)
+        axis.set_xlabel("rank of the code", fontsize=8)
     figure.tight_layout()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=90)
