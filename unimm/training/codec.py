@@ -256,6 +256,7 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
         text_tower(recipe.contrast.model)
     if recipe.perceptual.model:
         vision_tower(recipe.perceptual.model)
+    perceptual_features(PerceptualConfig(lpips=recipe.perceptual.lpips))
     for teacher in (recipe.distill, *recipe.align.values()):
         if teacher.model:
             patch_tower(teacher.model)
