@@ -373,7 +373,7 @@ class Engine:
         if choices.forbidden is not None:
             scores = scores.masked_fill(choices.forbidden, -float("inf"))
         for warper in self.warpers:
-            scores = warper(None, scores)
+            scores = _keep_largest(scores, warper) if type(warper) is TopKLogitsWarper else warper(None, scores)
         return scores
 
     def _noise(self, rows: int, choices: Choices) -> torch.Tensor | None:
@@ -381,12 +381,20 @@ class Engine:
         places = choices.rows.stop - choices.rows.start if isinstance(choices.rows, slice) else len(choices.rows)
         if not self.do_sample or places == 1:
             return None
-        noise = torch.empty(rows, places, device=choices.device).exponential_().clamp_min_(SMALLEST_NOISE)
-        return noise.log_().neg_()
+        # A uniform number of 53 bits that is rounded to float32 has fine steps near 0, where what is likeliest is decided.
+        # `exponential_` gives the same distribution, in two and a half times the time on a CPU.
+        uniform = torch.rand(rows, places, dtype=torch.float64, device=choices.device).float()
+        return uniform.neg_().log1p_().neg_().clamp_min_(SMALLEST_NOISE).log_().neg_()
 
     def _draw(self, scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Places `[B]`: the likeliest, or one sampled by the Gumbel trick, which needs neither softmax nor sums."""
         return (scores if noise is None else scores + noise).argmax(dim=1)
+
+
+def _keep_largest(scores: torch.Tensor, warper: TopKLogitsWarper) -> torch.Tensor:
+    """What the warper does to scores `[B, S]`, without putting the largest in order."""
+    largest = scores.topk(min(warper.top_k, scores.shape[1]), sorted=False).values
+    return torch.where(scores < largest.amin(dim=1, keepdim=True), warper.filter_value, scores)
 
 
 def _stacked(noise: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
