@@ -381,7 +381,7 @@ class Engine:
         places = choices.rows.stop - choices.rows.start if isinstance(choices.rows, slice) else len(choices.rows)
         if not self.do_sample or places == 1:
             return None
-        # A uniform number of 53 bits that is rounded to float32 has fine steps near 0, where what is likeliest is decided.
+        # Uniform numbers of 53 bits, rounded to float32, have fine steps near 0, where the likeliest is decided.
         # `exponential_` gives the same distribution, in two and a half times the time on a CPU.
         uniform = torch.rand(rows, places, dtype=torch.float64, device=choices.device).float()
         return uniform.neg_().log1p_().neg_().clamp_min_(SMALLEST_NOISE).log_().neg_()
