@@ -47,7 +47,7 @@ def _extractor(arguments: argparse.Namespace, device: str) -> Extractor:
         raise ValueError("One distance is reported: name --inception for rFID, or --extractor for that of another.")
     if arguments.inception:
         return Inception(arguments.inception, device)
-    return ModelExtractor(arguments.extractor) if arguments.extractor else Thumbnails()
+    return ModelExtractor(arguments.extractor, device) if arguments.extractor else Thumbnails()
 
 
 def _subject(arguments: argparse.Namespace, device: str) -> Subject:

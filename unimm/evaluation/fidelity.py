@@ -71,10 +71,11 @@ class ModelExtractor:
 
     Args:
         path: of the model and its image processor; the name carries a digest of the weights.
+        device: where it runs.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.model = AutoModel.from_pretrained(path).eval()
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+        self.model = AutoModel.from_pretrained(path).eval().to(device)
         self.processor = AutoImageProcessor.from_pretrained(path)
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.state_dict().items()):
@@ -84,8 +85,8 @@ class ModelExtractor:
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         inputs = self.processor(images=to_pictures(pixels), return_tensors="pt")
-        hidden = self.model(pixel_values=inputs["pixel_values"]).last_hidden_state
-        return (hidden.flatten(2).mean(dim=2) if hidden.ndim == 4 else hidden.mean(dim=1)).float()
+        hidden = self.model(pixel_values=inputs["pixel_values"].to(self.model.device)).last_hidden_state
+        return (hidden.flatten(2).mean(dim=2) if hidden.ndim == 4 else hidden.mean(dim=1)).float().cpu()
 
 
 class TooFewPicturesError(ValueError):
