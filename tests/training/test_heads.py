@@ -142,7 +142,8 @@ def test_prefixes_are_read_alone_and_by_their_shares(tower):
 
 
 def test_pictures_of_one_caption_belong_to_each_other():
-    head = ContrastHead(2, 2)
+    head = ContrastHead(2, 2, batch_size=3)
+    assert head.bias.item() == pytest.approx(-np.log(3))
     head.project.weight.data, head.project.bias.data = torch.eye(2), torch.zeros(2)
     head.scale.data, head.bias.data = torch.tensor(3.0), torch.tensor(-10.0)
     texts = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])

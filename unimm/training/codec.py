@@ -176,7 +176,8 @@ class CodecTask:
         for (name, features), config in zip(self.teachers.items(), self.recipe.align.values(), strict=True):
             heads[name] = AlignmentHead(config, self.codec, length, features)
         if self.captions is not None:
-            heads["contrast"] = ContrastHead(self.codec.dim, self.captions.width)
+            size = self.recipe.data.batch_size
+            heads["contrast"] = ContrastHead(self.codec.dim, self.captions.width, batch_size=size)
         return heads
 
     def losses(self, model: nn.Module, step: int, rank: int) -> dict[str, torch.Tensor]:

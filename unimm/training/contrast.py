@@ -43,7 +43,7 @@ TEXT_TOWERS: dict[str, type[PreTrainedModel]] = {
     "siglip2_text_model": Siglip2TextModel,
 }
 TEXTS_AT_ONCE = 64
-SCALE, BIAS = math.log(10), -10.0  # as SigLIP begins
+SCALE = math.log(10)  # as SigLIP begins
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,16 @@ class CaptionEmbeddings:
 
 
 class ContrastHead(nn.Module):
-    """A linear map of pooled vectors to the width of the texts, and the scale and bias of their cosines."""
+    """A linear map of pooled vectors to the width of the texts, and the scale and bias of their cosines.
 
-    def __init__(self, dim: int, width: int) -> None:
+    The bias begins at the odds of a pair in a batch, which are the -10 of SigLIP in its batches of 32k.
+    """
+
+    def __init__(self, dim: int, width: int, *, batch_size: int) -> None:
         super().__init__()
         self.project = nn.Linear(dim, width)
         self.scale = nn.Parameter(torch.tensor(SCALE))
-        self.bias = nn.Parameter(torch.tensor(BIAS))
+        self.bias = nn.Parameter(torch.tensor(-math.log(batch_size)))
 
     def forward(self, vectors: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """Mean over the pictures of what all pairs cost, of `[B, N, D]` and their unit texts `[B, W]`."""
