@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     CLIPConfig,
@@ -16,6 +17,7 @@ from transformers import (
     SiglipVisionConfig,
     ViTConfig,
 )
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from unimm import VisualCodecConfig, VisualCodecModel
 from unimm.codec.tower import TowerEncoder, TowerEncoderConfig
@@ -56,6 +58,47 @@ def test_cells_are_the_hidden_states_of_a_layer(config):
     assert len(kept) == len(whole.state_dict())
     first = TowerEncoder(TowerEncoderConfig(config.to_dict(), 1)).tower.state_dict()
     assert len(first) < len(kept)  # later layers are not there
+
+
+@torch.no_grad()
+def test_siglip2_reads_pictures_of_any_shape_as_its_own_processor_lays_them_out():
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SIDE.items() if name != "image_size"}
+    config = Siglip2VisionConfig(**sizes, intermediate_size=24, num_patches=16)
+    whole = AutoModel.from_config(config).eval()
+    picture = torch.randint(256, (3, 24, 40), dtype=torch.uint8)  # 3 x 5 patches
+    processor = Siglip2ImageProcessorPil(do_resize=False, patch_size=8, max_num_patches=15)
+    given = processor(picture.numpy(), input_data_format="channels_first", return_tensors="pt")
+    assert given["spatial_shapes"].tolist() == [[3, 5]]
+    output = whole(**given, output_hidden_states=True)
+    for layer in range(4):
+        encoder = TowerEncoder(TowerEncoderConfig(config.to_dict(), layer)).eval()
+        encoder.tower.load_state_dict({name: whole.state_dict()[name] for name in encoder.tower.state_dict()})
+        states = output.hidden_states[layer] if layer else output.last_hidden_state
+        cells = encoder(picture[None] / 127.5 - 1)
+        assert cells.shape == (1, 16, 3, 5)
+        torch.testing.assert_close(cells.flatten(2).mT, states, atol=1e-5, rtol=0)
+
+
+def test_a_siglip2_is_taken_with_its_own_side_and_trained(tmp_path):
+    sizes = {name: value for name, value in SIDE.items() if name != "image_size"}
+    config = Siglip2VisionConfig(**sizes, intermediate_size=24, num_patches=16)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    Siglip2ImageProcessorPil(patch_size=8).save_pretrained(tmp_path)
+    codec = VisualCodecModel.from_tower(tmp_path, encoder={"layer": 2, "learns": True}, **SOCKETS)
+    assert codec.config.image_size == 32
+    output = codec.train()(codec.from_shown(pictures()))
+    (output.reconstruction.square().mean() + output.quantizer_loss).backward()
+    assert codec.encoder.tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_folder_without_the_towers_weights_is_refused(tmp_path):
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    AutoModel.from_config(CLIPVisionConfig(**SIDE, intermediate_size=24)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"other.{name}": weight for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="save its vision model alone"):
+        VisualCodecModel.from_tower(tmp_path, **SOCKETS)
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +146,11 @@ def test_a_recipe_names_a_tower(clip):
 
 
 def test_models_of_another_form_are_refused(tmp_path):
-    Siglip2VisionConfig().save_pretrained(tmp_path)
+    Qwen2VLConfig().vision_config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="take a vision transformer over square patches"):
         VisualCodecModel.from_tower(tmp_path)
-    for config in (Siglip2VisionConfig(), Qwen2VLConfig()):
-        with pytest.raises(ValueError, match="take a vision transformer over square patches"):
-            TowerEncoderConfig(config.to_dict())
+    with pytest.raises(ValueError, match="take a vision transformer over square patches"):
+        TowerEncoderConfig(Qwen2VLConfig().to_dict())
     with pytest.raises(ValueError, match="transformers knows no such model"):
         TowerEncoderConfig({"model_type": "nothing"})
     with pytest.raises(ValueError, match="layers 1 to 3"):

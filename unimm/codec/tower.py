@@ -5,6 +5,7 @@ The Auto classes are imported where they are used: their first import registers 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from unimm.codec.encoders import EncoderOptions
 
-WANTED = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
+WANTED = ("patch_size", "hidden_size", "num_hidden_layers")
+# Reads pictures as rows of flattened patches, of any shape (SigLIP 2 in its NaFlex form, 2502.14786).
+FLATTENED = "siglip2_vision_model"
 STAGES = ("out_features", "out_indices", "stage_names")  # of a backbone, which follow from the number of layers
 
 
 @dataclass(frozen=True)
 class TowerEncoderConfig(EncoderOptions):
-    """A vision model that reads squares of pixels: SigLIP, CLIP, DINOv2, DINOv3, ViT and others of their form.
+    """A vision model that reads squares of pixels: SigLIP 1 and 2, CLIP, DINOv2, DINOv3, ViT and others of their form.
 
     Args:
         tower: its configuration in transformers, `model_type` and fields.
@@ -37,7 +40,8 @@ class TowerEncoderConfig(EncoderOptions):
 
     def __post_init__(self) -> None:
         config = self.tower_config
-        if missing := [name for name in WANTED if not isinstance(getattr(config, name, None), int)]:
+        sizes = ("num_patches" if config.model_type == FLATTENED else "image_size", *WANTED)
+        if missing := [name for name in sizes if not isinstance(getattr(config, name, None), int)]:
             raise ValueError(
                 f"tower is of model_type {config.model_type!r}, which has no {', '.join(missing)}; take a vision "
                 "transformer over square patches."
@@ -56,6 +60,13 @@ class TowerEncoderConfig(EncoderOptions):
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"tower.model_type is {model_type!r}; transformers knows no such model.")
         return CONFIG_MAPPING[model_type](**without_stages(self.tower))
+
+    @property
+    def side(self) -> int:
+        """Of the square whose patches have a position each in the tower's own table, in pixels."""
+        if self.tower_config.model_type == FLATTENED:
+            return math.isqrt(self.tower_config.num_patches) * self.tower_config.patch_size
+        return self.tower_config.image_size
 
     @property
     def downsample(self) -> int:
@@ -87,8 +98,17 @@ class TowerEncoder(nn.Module):
         self._set_trained()
 
     def load(self, name: str | Path) -> None:
-        """Take the weights of a saved model, by folder or Hub name."""
-        self.tower = type(self.tower).from_pretrained(name, config=self.tower.config, dtype=torch.float32)
+        """Take the weights of a saved model, by folder or Hub name.
+
+        Raises:
+            ValueError: it lacks some.
+        """
+        config, kind = self.tower.config, type(self.tower)
+        self.tower, found = kind.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(
+                f"{name} has no {sorted(found['missing_keys'])[0]}; save its vision model alone and name that."
+            )
         self._set_trained()
 
     def _set_trained(self) -> None:
@@ -97,14 +117,16 @@ class TowerEncoder(nn.Module):
             return
         with torch.device("meta"):
             probe = _unfilled(self.tower.config)
-            side = self.config.tower_config.image_size
-            self._states(probe, torch.zeros(1, 3, side, side)).sum().backward()
+            self._states(probe, torch.zeros(1, 3, self.config.side, self.config.side)).sum().backward()
         reached = {name for name, weight in probe.named_parameters() if weight.grad is not None}
         for name, weight in self.tower.named_parameters():
             weight.requires_grad_(name in reached)
 
     def _states(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        output = tower(pixel_values, output_hidden_states=self.config.layer > 0)
+        given: dict[str, torch.Tensor | None] = {"pixel_values": pixel_values}
+        if self.config.tower_config.model_type == FLATTENED:
+            given = flattened(pixel_values, self.config.downsample)
+        output = tower(**given, output_hidden_states=self.config.layer > 0)
         return output.hidden_states[-1] if self.config.layer else output.last_hidden_state
 
     def train(self, mode: bool = True) -> TowerEncoder:
@@ -119,6 +141,18 @@ class TowerEncoder(nn.Module):
             states = self._states(self.tower, pixel_values)
         cells = states[:, states.shape[1] - rows * columns :]  # class and register tokens come first
         return cells.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+
+
+def flattened(pixel_values: torch.Tensor, patch: int) -> dict[str, torch.Tensor | None]:
+    """What `Siglip2VisionModel` reads of pictures `[B, 3, H, W]` of one shape: patches with their channels last."""
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch, width // patch
+    cells = pixel_values[:, :, : rows * patch, : columns * patch].view(batch, channels, rows, patch, columns, patch)
+    return {
+        "pixel_values": cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1),
+        "pixel_attention_mask": None,  # all patches are there
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch, device="cpu"),  # read as numbers
+    }
 
 
 def _unfilled(config: PreTrainedConfig) -> PreTrainedModel:
@@ -141,7 +175,7 @@ def tower_fields(name: str | Path) -> dict[str, Any]:
     whole = AutoConfig.from_pretrained(name)
     tower = getattr(whole, "vision_config", whole).to_dict()
     tower.pop("_name_or_path", None)  # where it lay is nobody's business
-    side = TowerEncoderConfig(tower).tower_config.image_size
+    side = TowerEncoderConfig(tower).side
     processor = AutoImageProcessor.from_pretrained(name)
     return {
         "image_size": side,
