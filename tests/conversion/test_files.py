@@ -12,7 +12,7 @@ from conftest import stored
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from unimm.conversion import convert, restore
+from unimm.conversion import convert, find_upstream, restore
 
 
 def split(weights, *prefixes):
@@ -178,9 +178,12 @@ def test_what_only_foreign_code_can_read_is_named_with_the_way_out(golden, tmp_p
         convert("llamagen_vq", source, tmp_path / "out")
 
 
-def test_ta_tok_reads_its_sizes_from_its_own_file(golden, tmp_path):
-    published = json.loads((stored("ta_tok") / "config.json").read_text())["args"]
-    (tmp_path / "source").mkdir()
-    torch.save({"model": {"args": published, "sd": weights_of("ta_tok", golden)}}, tmp_path / "source" / "ta_tok.pth")
-    with pytest.raises(ValueError, match="teacher is 'tiny'"):  # sizes that no released tower has
-        convert("ta_tok", tmp_path / "source", tmp_path / "out", accept_licence=True)
+def test_ta_tok_keeps_its_sizes_in_its_own_file(golden, tmp_path):
+    sizes = json.loads((stored("ta_tok") / "config.json").read_text())["args"]
+    files = {"ta_tok.pth": {"model": {"args": sizes, "sd": weights_of("ta_tok", golden)}}}
+    source = publish("ta_tok", files, tmp_path / "source")
+    target = convert("ta_tok", source, tmp_path / "out", accept_licence=True).target
+    restored = torch.load(restore("ta_tok", target, tmp_path / "back") / "ta_tok.pth", weights_only=True)
+    assert restored["model"]["args"] == sizes
+    (source / "config.json").unlink()
+    assert find_upstream("ta_tok").read(source) == {"args": sizes}
