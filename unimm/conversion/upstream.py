@@ -69,6 +69,7 @@ class Plan:
         model_class: what is built from the configuration.
         files: where the weights lie.
         copies: tensors of ours that are another one of ours, where upstream's share one.
+        parts: beginnings of upstream keys that a checkpoint may lack as a whole, and what stands under them.
         finish: writes what goes beside the model, into the folder that it is given.
     """
 
@@ -81,6 +82,7 @@ class Plan:
     model_class: type[PreTrainedModel] = VisualCodecModel
     files: tuple[WeightFile, ...] = (WeightFile(),)
     copies: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[Path], None] | None = None
 
     def dtype(self, target: str, upstream: torch.dtype) -> torch.dtype:

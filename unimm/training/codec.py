@@ -106,6 +106,9 @@ class CodecTask:
         if output.velocity_loss is not None:
             losses["velocity"] = output.velocity_loss
             total = total + output.velocity_loss
+        if output.halting_loss is not None:
+            losses["halting"] = output.halting_loss
+            total = total + output.halting_loss
         if self.perceptual is not None:
             losses["perceptual"] = perceptual_loss(self.perceptual, drawn, pixels)
             total = total + self.recipe.perceptual.weight * losses["perceptual"]
