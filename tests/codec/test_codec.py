@@ -64,6 +64,12 @@ TINY = {
         "joint": {"kind": "joint", **JOINT},
         "frame": {"kind": "frame", **FRAME},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
+        "patches_and_codes": {
+            "kind": "patches_and_codes",
+            "patch_width": 12,
+            "base": {**PYRAMID, "code_channels": 4, "stem_channels": 32},
+            "base_codes": 8,
+        },
         "pyramid": {"kind": "pyramid", **PYRAMID, "stem_channels": 32},
         "vitamin": {"kind": "vitamin", **VITAMIN},
         "branches": {
@@ -179,6 +185,16 @@ TINY = {
             "feature_width": 12,
             "out_dim": 8,
         },
+        "kept_vit": {
+            "kind": "kept_vit",
+            "dim": 16,
+            **SEQUENCE,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "table_side": 3,
+            "soft_codebook": {"size": 8, "pyramid": PYRAMID},
+        },
         "level_vit": {
             "kind": "level_vit",
             "dim": 16,
@@ -270,6 +286,7 @@ TINY = {
         },
         "queries": {"kind": "queries", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
         "rotary_latents": {"kind": "rotary_latents", **TRUNK, "dim": 16, "nominal_side": 3},
+        "halting": {"kind": "halting", "dim": 16, "tokens": 4, "depth": 1, "num_heads": 2, "table_side": 3},
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
             "kind": "qformer",
@@ -289,6 +306,7 @@ TINY = {
         "closed": {"kind": "sequence", **SEQUENCE, "tokens": 5},
         "any_sequence": {"kind": "any_sequence", "tokens": 4, "step": 2, "max_side": 4},
         "kept": {"kind": "kept", "rows": 2, "columns": 2},
+        "halted": {"kind": "halted", **SEQUENCE, "budget": 3},
         "levels": {"kind": "levels", "sides": [1, 2]},
         "streams": {"kind": "streams", "max_side": 3},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
@@ -304,6 +322,7 @@ FLOW = {"resampler": "registers", "decoder": "flow", "length": "sequence"}
 CLOSED = {"encoder": "closing_vit", "decoder": "unfolding", "length": "closed"}
 ROTARY = {"resampler": "rotary_latents", "decoder": "rotary_mask", "length": "any_sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
+HALTING = {"resampler": "halting", "decoder": "kept_vit", "length": "halted"}
 SCALES = {"quantizer": "scales", "length": "levels"}
 STREAMS = dict.fromkeys(SOCKETS, "streams")
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
@@ -314,6 +333,7 @@ COMPANIONS |= dict.fromkeys(CLOSED.values(), CLOSED)
 COMPANIONS |= dict.fromkeys(ROTARY.values(), ROTARY)
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
+COMPANIONS |= dict.fromkeys(HALTING.values(), HALTING)
 COMPANIONS |= {"streams": STREAMS, "scale_causal": {"resampler": "scale_causal", "length": "levels"}}
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 
@@ -421,6 +441,8 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
         loss = loss + output.features.square().mean()
     if output.velocity_loss is not None:
         loss = loss + output.velocity_loss
+    if output.halting_loss is not None:
+        loss = loss + output.halting_loss
     loss.backward()
     for name, weight in codec.named_parameters():
         if weight.requires_grad:
@@ -621,6 +643,8 @@ def test_wrong_configurations_are_refused():
         VisualCodecConfig(decoder={"kind": "vit", "patch": 8})
     with pytest.raises(ValueError, match="go together"):
         VisualCodecConfig(length={"kind": "kept", "rows": 8, "columns": 8})
+    with pytest.raises(ValueError, match="'halting', 'halted', 'kept_vit' go together"):
+        build(resampler=TINY["resampler"]["halting"], length=TINY["length"]["halted"])
     with pytest.raises(ValueError, match="name three of each"):
         VisualCodecConfig(pixel_mean=[0.5, 0.5, 0.5])
     for options, message in (

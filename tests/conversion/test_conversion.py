@@ -31,7 +31,8 @@ OUTPUTS = (
 )  # what decoding gives, by upstream's name
 CLAMPED = ("mingtok",)  # the reference clamps what it draws, and a codec does so in `pictures` alone
 TOLERANCE = 1e-4  # absolute, in float32; the fixtures' own
-FIXTURES = [system for system in UPSTREAMS if stored(system).is_dir()]  # whole systems are put together from parts
+# Whole systems are put together from parts; KARL's fixture lacks the VQGAN below it, which `test_karl.py` adds.
+FIXTURES = [system for system in UPSTREAMS if stored(system).is_dir() and system != "karl"]
 CODECS = [
     system
     for system in FIXTURES

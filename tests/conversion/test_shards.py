@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import stored
 from safetensors.torch import load_file, save_file
+from test_conversion import FIXTURES
 
-from unimm.conversion import UPSTREAMS, convert, restore
+from unimm.conversion import convert, restore
 from unimm.conversion.weights import StoredTensor
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -78,7 +78,7 @@ def test_shards_in_shards_out(ending, source, whole, tmp_path):
     )
 
 
-@pytest.mark.parametrize("system", sorted(system for system in UPSTREAMS if stored(system).is_dir()))
+@pytest.mark.parametrize("system", sorted(FIXTURES))
 def test_every_system_goes_back_bit_by_bit(system, golden, tmp_path):
     target = convert(system, golden(system), tmp_path / "out", accept_licence=True).target
     if system in WITH_UNUSED_ROWS:

@@ -21,6 +21,12 @@ SOCKETS: dict[str, dict[str, type]] = {
     "decoder": {kind: config for kind, (config, _) in DECODERS.items()},
 }
 
+# Values of sockets that decide together how many codes a picture has; none of a set goes without the others.
+TOGETHER: tuple[dict[str, str], ...] = (
+    {"resampler": "select", "length": "kept"},
+    {"resampler": "halting", "length": "halted", "decoder": "kept_vit"},
+)
+
 
 def socket_config(socket: str, options: dict[str, Any]) -> Any:
     """The typed config of one socket, from `{"kind": ..., **options}`.
@@ -89,11 +95,11 @@ class VisualCodecConfig(PreTrainedConfig):
             raise ValueError(
                 f"The encoder divides sizes by {self.downsample}, the decoder multiplies by {decoder.upsample}."
             )
-        if self.length_policy.ragged != (self.resampler["kind"] == "select"):
-            raise ValueError(
-                f"resampler.kind is {self.resampler['kind']!r} and length.kind {self.length['kind']!r}; "
-                "'select' and 'kept' go together."
-            )
+        for together in TOGETHER:
+            kinds = {socket: getattr(self, socket)["kind"] for socket in together}
+            if kinds != together and any(kinds[socket] == kind for socket, kind in together.items()):
+                shown = " and ".join(f"{socket}.kind is {kind!r}" for socket, kind in kinds.items())
+                raise ValueError(f"{shown}; {', '.join(map(repr, together.values()))} go together.")
         self.grid(self.image_size, self.image_size)
 
     def _normalised_bounds(self) -> tuple[list[float], list[float]]:

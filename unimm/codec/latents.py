@@ -173,8 +173,11 @@ class SoftCodebookHead(nn.Module):
         self.pixels = PyramidDecoder(config.pyramid)
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
-        weights = self.to_scores(grid).softmax(dim=1)
-        return self.pixels(torch.einsum("bshw,sd->bdhw", weights, self.rows).contiguous())
+        return self.pixels(self.expected_rows(self.to_scores(grid)))
+
+    def expected_rows(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores `[B, size, rows, columns]` to `[B, code_channels, rows, columns]`."""
+        return torch.einsum("bshw,sd->bdhw", scores.softmax(dim=1), self.rows).contiguous()
 
 
 class MaskViTDecoder(nn.Module):

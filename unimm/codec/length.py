@@ -323,6 +323,50 @@ class KeptLength(LengthPolicy):
         return Arrangement(1, self.max_length)
 
 
+@dataclass(frozen=True)
+class HaltedLength(LengthPolicy):
+    """A picture of one size has as many codes as it needs of the latents that it may have (KARL, 2507.07995).
+
+    Args:
+        rows, columns: of the encoder's grid.
+        tokens: the most latents.
+        budget: latents of a picture unless `num_tokens` says otherwise; at least one of them is kept.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    budget: int
+
+    def __post_init__(self) -> None:
+        self.arrange((self.rows, self.columns), self.budget)
+
+    def grids(self) -> list[tuple[int, int]]:
+        return [(self.rows, self.columns)]
+
+    @property
+    def layout(self) -> str:
+        return "sequence"
+
+    @property
+    def ragged(self) -> bool:
+        return True
+
+    @property
+    def max_length(self) -> int:
+        return self.tokens
+
+    @property
+    def min_length(self) -> int:
+        return 1
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        length = self.budget if num_tokens is None else num_tokens
+        if not 1 <= length <= self.tokens:
+            raise ValueError(f"num_tokens is {length}; a picture has 1 to {self.tokens} latents.")
+        return Arrangement(1, length)
+
+
 # Picture sizes that the coarse stream is not read at the nearest smaller one of, and what it is read at (2504.01934).
 COARSE_SIZES = {
     (512, 384): (448, 336),
@@ -391,4 +435,5 @@ LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {
     "levels": LevelsLength,
     "kept": KeptLength,
     "streams": StreamsLength,
+    "halted": HaltedLength,
 }

@@ -19,6 +19,7 @@ from unimm.codec.configuration import VisualCodecConfig, socket_config
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.flow import Flow
+from unimm.codec.halting import HaltingResampler, KeptViTDecoder
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
@@ -49,6 +50,7 @@ class CodecOutput(ModelOutput):
             the noisy picture.
         vectors: float32 `[B, N, D]`, what all codes of a picture stand for, with those that `num_tokens` leaves out;
             None where pictures of one size differ in their number.
+        halting_loss: scalar, of a codec whose latents halt: whether those halted that the copy did without.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -57,6 +59,7 @@ class CodecOutput(ModelOutput):
     features: torch.Tensor | None = None
     velocity_loss: torch.Tensor | None = None
     vectors: torch.Tensor | None = None
+    halting_loss: torch.Tensor | None = None
 
 
 class VisualCodecModel(PreTrainedModel):
@@ -114,26 +117,40 @@ class VisualCodecModel(PreTrainedModel):
         return codec
 
     def encode(
-        self, pixel_values: torch.Tensor, *, num_tokens: int | None = None, generator: torch.Generator | None = None
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        num_tokens: int | None = None,
+        allowed_error: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> VisualCodes:
         """Codes of a batch of pictures; of a codec without a codebook, latents as `side_info["latents"]`, `[B, N, D]`.
 
         Args:
             pixel_values: float `[B, 3, H, W]` in `config.pixel_range`, or latents `[B, C, H, W]` where the codec reads
                 those of another autoencoder.
-            num_tokens: the number of positions wanted; by default as many as the codec makes of this size.
+            num_tokens: the number of positions wanted; by default as many as the codec makes of this size. Of a codec
+                whose latents halt it is that of latents, of which the codes of `side_info["places"]`, int64 `[B, N]`,
+                are kept.
+            allowed_error: what such a codec is asked for, a mean absolute difference between pixels as a share of
+                their range; by default its own.
             generator: of the choice of positions, for a codec that selects them by chance in its release; without one
                 the same picture always has the same codes.
 
         Raises:
-            ValueError: wrong shape or range, a size the codec cannot take, or a `num_tokens` it cannot make of it.
+            ValueError: wrong shape or range, a size the codec cannot take, a `num_tokens` it cannot make of it, or an
+                `allowed_error` that it cannot be asked for.
         """
         pixel_values = self._fit(pixel_values)
         arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
+        if allowed_error is not None and not isinstance(self.resampler, HaltingResampler):
+            raise ValueError(f"allowed_error is {allowed_error}; this codec makes as many codes whatever the error.")
         with torch.no_grad():
             if isinstance(self.resampler, SelectResampler):
                 quantized, mask = self._quantize_kept(self.resampler, pixel_values, generator)
                 return VisualCodes(quantized.ids, mask)
+            if isinstance(self.resampler, HaltingResampler):
+                return self._encode_unhalted(self.resampler, pixel_values, arrangement.length, allowed_error)
             quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
         ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
@@ -197,6 +214,7 @@ class VisualCodecModel(PreTrainedModel):
         Args:
             codes: of `encode`, or ids of the same shape. Where they leave the size of the picture open it is
                 `side_info["size"]`, int64 `[B, 2]` of height and width, and without that `config.image_size` squared.
+                Where they are those of some latents, `side_info["places"]` says of which; without it, of the first.
             condition: float `[B, L, D]` text features, for decoders that draw under a text.
             generator: of the noise that a flow draws from; without one the same codes always give the same picture.
 
@@ -206,6 +224,8 @@ class VisualCodecModel(PreTrainedModel):
         grid = self._check_codes(codes)
         self._check_condition(condition, len(codes))
         with torch.no_grad():
+            if isinstance(self.decoder, KeptViTDecoder):
+                return self.decoder(self.lookup(codes), codes.mask, self._places(codes))
             vectors = self._filled(self.lookup(codes), codes.mask)
             if self.length.ragged:
                 return self.decoder(self.resampler.restore(vectors, grid), codes.mask)
@@ -285,6 +305,8 @@ class VisualCodecModel(PreTrainedModel):
         if isinstance(self.resampler, SelectResampler):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
             return CodecOutput(self.decoder(kept.vectors, mask), kept.ids, kept.loss)
+        if isinstance(self.resampler, HaltingResampler):
+            return self._learn_to_halt(self.resampler, pixel_values, arrangement.length)
         quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
         grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
         if not arrangement.codes:  # the first of a sequence, all of a grid
@@ -339,6 +361,51 @@ class VisualCodecModel(PreTrainedModel):
         quantized = self.quantizer(positions[None])  # all pictures in a row, [1, M, D]: no loss on padding
         ids, mask = padded(quantized.ids[0], keep.bool())
         return Quantized(ids, padded(quantized.vectors[0], keep.bool())[0], quantized.loss), mask
+
+    def _encode_unhalted(
+        self, resampler: HaltingResampler, pixel_values: torch.Tensor, tokens: int, error: float | None
+    ) -> VisualCodes:
+        error = resampler.config.allowed_error if error is None else error
+        resampler.config.check_error(error)
+        features = self.encoder(pixel_values.to(self.dtype))
+        latents = resampler.latents(features, tokens, features.new_full((len(features),), error))
+        keep = resampler.keep(latents.halting)
+        ids, mask = padded(self.quantizer(latents.positions).ids[keep], keep)
+        places, _ = padded(keep.nonzero()[:, 1], keep)
+        return VisualCodes(ids, mask, side_info={"places": places})
+
+    def _learn_to_halt(self, resampler: HaltingResampler, pixel_values: torch.Tensor, tokens: int) -> CodecOutput:
+        """Draw with some latents under the smallest error; then, with all of them and asked for the error that was
+        made, draw with as many and teach the others to halt (2507.07995).
+        """
+        features = self.encoder(pixel_values.to(self.dtype))
+        enough = int(torch.randint(1, tokens + 1, ()))
+        with torch.no_grad():
+            latents = resampler.latents(features, enough, features.new_zeros(len(features)))
+            missed = self.decoder(self.quantizer(latents.positions).vectors) - pixel_values
+            black, white = self.config.pixel_range
+            errors = missed.abs().mean(dim=(1, 2, 3)) / (white - black)
+        latents = resampler.latents(features, tokens, errors)
+        quantized = self.quantizer(latents.positions[:, :enough])
+        halts = (torch.arange(tokens, device=features.device) >= enough).to(latents.halting)
+        return CodecOutput(
+            self.decoder(quantized.vectors),
+            quantized.ids,
+            quantized.loss,
+            halting_loss=F.binary_cross_entropy_with_logits(latents.halting, halts.expand_as(latents.halting)),
+        )
+
+    def _places(self, codes: VisualCodes) -> torch.Tensor | None:
+        """Which latents the codes are of; None for the first."""
+        places, most = codes.side_info.get("places"), self.length.max_length
+        if places is None:
+            return None
+        if places.shape != codes.mask.shape or places.dtype != torch.int64:
+            seen = f"{places.dtype} {tuple(places.shape)}"
+            raise ValueError(f"side_info['places'] is {seen}; give int64 {tuple(codes.mask.shape)}, as encode does.")
+        if not 0 <= int(places.min()) <= int(places.max()) < most:
+            raise ValueError(f"side_info['places'] names latents {places.tolist()}; there are 0 to {most - 1}.")
+        return places
 
     def _latents(self, codes: VisualCodes) -> torch.Tensor:
         wanted = (*codes.ids.shape[:2], self.dim)

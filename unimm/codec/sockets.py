@@ -37,6 +37,14 @@ from unimm.codec.feature_decoder import (
 )
 from unimm.codec.flow import FlowDecoder, FlowDecoderConfig
 from unimm.codec.frame import FrameDecoder, FrameDecoderConfig, FrameEncoder, FrameEncoderConfig
+from unimm.codec.halting import (
+    HaltingResampler,
+    HaltingResamplerConfig,
+    KeptViTConfig,
+    KeptViTDecoder,
+    PatchesAndCodesConfig,
+    PatchesAndCodesEncoder,
+)
 from unimm.codec.joint import JointDecoder, JointDecoderConfig, JointEncoder, JointEncoderConfig
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.merging import LevelViTConfig, LevelViTDecoder, MergingResampler, MergingResamplerConfig
@@ -74,6 +82,7 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "joint": (JointEncoderConfig, JointEncoder),
     "frame": (FrameEncoderConfig, FrameEncoder),
     "patches": (PatchEncoderConfig, PatchEncoder),
+    "patches_and_codes": (PatchesAndCodesConfig, PatchesAndCodesEncoder),
     "pyramid": (PyramidEncoderConfig, PyramidEncoder),
     "vitamin": (VitaminEncoderConfig, VitaminEncoder),
     "branches": (BranchEncoderConfig, BranchEncoder),
@@ -94,6 +103,7 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "queries": (QueryResamplerConfig, QueryResampler),
     "select": (SelectResamplerConfig, SelectResampler),
     "scale_causal": (ScaleCausalConfig, ScaleCausalResampler),
+    "halting": (HaltingResamplerConfig, HaltingResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
@@ -113,6 +123,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "attention_dual": (AttentionDualConfig, AttentionDualDecoder),
     "query_vit": (QueryDecoderConfig, QueryDecoder),
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
+    "kept_vit": (KeptViTConfig, KeptViTDecoder),
     "flow": (FlowDecoderConfig, FlowDecoder),
     "cell_flow": (CellFlowConfig, CellFlowDecoder),
     "streams": (StreamsDecoderConfig, StreamsDecoder),

@@ -128,6 +128,7 @@ def convert(
     stored = stored_tensors(source, plan.files)
     if plan.averages:
         stored = with_averages(stored, plan.averages)
+    _check_parts(plan, stored)
     pieces, dropped = rename(plan, stored, frozenset(fields.get("keys_without_effect_on_stored_outputs", ())))
     model = _fitting_model(plan, pieces)
     outputs = [_output(plan, name, pieces[name]) for name in sorted(pieces)]
@@ -188,6 +189,13 @@ def rename(
         raise ValueError(f"No rule takes {_named(unmapped)}. Are these weights of another system?")
     pieces = {target: [found[place] for place in sorted(found)] for target, found in parts.items()}
     return pieces | {copy: pieces[target] for copy, target in plan.copies.items() if target in pieces}, dropped
+
+
+def _check_parts(plan: Plan, stored: Mapping[str, StoredTensor]) -> None:
+    lacking = {begin: part for begin, part in plan.parts.items() if not any(key.startswith(begin) for key in stored)}
+    if lacking:
+        shown = ", ".join(f"{begin + '*'!r} ({part})" for begin, part in lacking.items())
+        raise ValueError(f"The weights have no {shown}; add these tensors to them under those names.")
 
 
 def _fitting_model(plan: Plan, pieces: Mapping[str, list[Piece]]) -> PreTrainedModel:

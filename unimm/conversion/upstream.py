@@ -75,6 +75,7 @@ class Plan:
         averages: what stands before the names of moving averages of weights, the weights' own names without dots; they
             are converted instead of the weights that have one.
         copies: tensors of ours that are another one of ours, where upstream's share one.
+        parts: beginnings of upstream keys that a checkpoint may lack as a whole, and what stands under them.
         finish: writes what goes beside the model, into the folder that it is given.
     """
 
@@ -88,6 +89,7 @@ class Plan:
     files: tuple[WeightFile, ...] = (WeightFile(),)
     averages: str = ""
     copies: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[Path], None] | None = None
 
     def dtype(self, target: str, upstream: torch.dtype) -> torch.dtype:

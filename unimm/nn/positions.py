@@ -39,3 +39,10 @@ def resized_table(table: torch.Tensor, rows: int, columns: int, *, antialias: bo
     square = table.T.unflatten(1, (side, side))[None]
     resized = F.interpolate(square, (rows, columns), mode="bilinear", align_corners=False, antialias=antialias)
     return resized[0].flatten(1).T
+
+
+def nearest_table(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Learned positions `[side * side, width]` of a square grid, the nearest of them for each of `rows * columns`."""
+    side = round(len(table) ** 0.5)
+    square = table.T.unflatten(1, (side, side))[None]
+    return F.interpolate(square, (rows, columns), mode="nearest")[0].flatten(1).T

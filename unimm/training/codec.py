@@ -195,6 +195,8 @@ class CodecTask:
         named = {"quantizer": output.quantizer_loss}
         if output.velocity_loss is not None:
             named["velocity"] = output.velocity_loss
+        if output.halting_loss is not None:
+            named["halting"] = output.halting_loss
         if self.perceptual is not None:
             named["perceptual"] = perceptual_loss(self.perceptual, drawn, pixels)
         if self.distill is not None:
