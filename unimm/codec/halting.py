@@ -17,8 +17,11 @@ from unimm.codec.decoders import DecoderOptions
 from unimm.codec.encoders import EncoderOptions
 from unimm.codec.latents import SPREAD, SoftCodebookConfig, SoftCodebookHead
 from unimm.codec.pyramid import PyramidEncoder, PyramidEncoderConfig
+from unimm.codec.quantizers import Quantized, Quantizer
 from unimm.codec.quantizers.vector import nearest_rows
 from unimm.codec.resamplers import Resampler
+from unimm.codec.selection import padded
+from unimm.codes import VisualCodes
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import SpaceToChannels
 from unimm.nn.positions import nearest_table
@@ -264,3 +267,87 @@ class KeptViTDecoder(nn.Module):
             hidden = block(hidden, visible)
         cells = self.norm_out(hidden[:, : rows * columns])
         return cells.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+
+
+def encode_unhalted(
+    resampler: HaltingResampler, quantizer: Quantizer, features: torch.Tensor, tokens: int, error: float | None
+) -> VisualCodes:
+    """Codes of the latents that do not halt, with their places.
+
+    Args:
+        features: `[B, D, rows, columns]`.
+        tokens: latents that a picture may have.
+        error: that is allowed; None for the resampler's own.
+
+    Raises:
+        ValueError: an error that cannot be asked for.
+    """
+    error = resampler.config.allowed_error if error is None else error
+    resampler.config.check_error(error)
+    latents = resampler.latents(features, tokens, features.new_full((len(features),), error))
+    keep = resampler.keep(latents.halting)
+    ids, mask = padded(quantizer(latents.positions).ids[keep], keep)
+    places, _ = padded(keep.nonzero()[:, 1], keep)
+    return VisualCodes(ids, mask, side_info={"places": places})
+
+
+def places_of(codes: VisualCodes, most: int) -> torch.Tensor | None:
+    """Which of at most `most` latents the codes are of, int64 `[B, N]`; None for the first.
+
+    Raises:
+        ValueError: places of another shape or type, or beyond the latents.
+    """
+    places = codes.side_info.get("places")
+    if places is None:
+        return None
+    if places.shape != codes.mask.shape or places.dtype != torch.int64:
+        seen = f"{places.dtype} {tuple(places.shape)}"
+        raise ValueError(f"side_info['places'] is {seen}; give int64 {tuple(codes.mask.shape)}, as encode does.")
+    if not 0 <= int(places.min()) <= int(places.max()) < most:
+        raise ValueError(f"side_info['places'] names latents {places.tolist()}; there are 0 to {most - 1}.")
+    return places
+
+
+@dataclass
+class HaltingStep:
+    """What a step of training made.
+
+    Args:
+        drawn: pixels `[B, 3, H, W]`.
+        quantized: the latents that they are drawn from.
+        loss: scalar, whether those halted that the copy did without.
+    """
+
+    drawn: torch.Tensor
+    quantized: Quantized
+    loss: torch.Tensor
+
+
+def learn_to_halt(
+    resampler: HaltingResampler,
+    quantizer: Quantizer,
+    decoder: KeptViTDecoder,
+    features: torch.Tensor,
+    pixel_values: torch.Tensor,
+    *,
+    span: float,
+    tokens: int,
+) -> HaltingStep:
+    """Draw with some latents under the smallest error; then, with all of them and asked for the error that was made,
+    draw with as many and teach the others to halt (2507.07995).
+
+    Args:
+        features: `[B, D, rows, columns]` of `pixel_values` `[B, 3, H, W]`.
+        span: of the range of pixels.
+        tokens: latents that a picture may have.
+    """
+    enough = int(torch.randint(1, tokens + 1, ()))
+    with torch.no_grad():
+        latents = resampler.latents(features, enough, features.new_zeros(len(features)))
+        missed = decoder(quantizer(latents.positions).vectors) - pixel_values
+        errors = missed.abs().mean(dim=(1, 2, 3)) / span
+    latents = resampler.latents(features, tokens, errors)
+    quantized = quantizer(latents.positions[:, :enough])
+    halts = (torch.arange(tokens, device=features.device) >= enough).to(latents.halting).expand_as(latents.halting)
+    loss = F.binary_cross_entropy_with_logits(latents.halting, halts)
+    return HaltingStep(decoder(quantized.vectors), quantized, loss)

@@ -19,7 +19,7 @@ from unimm.codec.configuration import VisualCodecConfig, socket_config
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.flow import Flow
-from unimm.codec.halting import HaltingResampler, KeptViTDecoder
+from unimm.codec.halting import HaltingResampler, KeptViTDecoder, encode_unhalted, learn_to_halt, places_of
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
@@ -150,7 +150,8 @@ class VisualCodecModel(PreTrainedModel):
                 quantized, mask = self._quantize_kept(self.resampler, pixel_values, generator)
                 return VisualCodes(quantized.ids, mask)
             if isinstance(self.resampler, HaltingResampler):
-                return self._encode_unhalted(self.resampler, pixel_values, arrangement.length, allowed_error)
+                features = self.encoder(pixel_values.to(self.dtype))
+                return encode_unhalted(self.resampler, self.quantizer, features, arrangement.length, allowed_error)
             quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
         ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
@@ -225,7 +226,7 @@ class VisualCodecModel(PreTrainedModel):
         self._check_condition(condition, len(codes))
         with torch.no_grad():
             if isinstance(self.decoder, KeptViTDecoder):
-                return self.decoder(self.lookup(codes), codes.mask, self._places(codes))
+                return self.decoder(self.lookup(codes), codes.mask, places_of(codes, self.length.max_length))
             vectors = self._filled(self.lookup(codes), codes.mask)
             if self.length.ragged:
                 return self.decoder(self.resampler.restore(vectors, grid), codes.mask)
@@ -306,7 +307,18 @@ class VisualCodecModel(PreTrainedModel):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
             return CodecOutput(self.decoder(kept.vectors, mask), kept.ids, kept.loss)
         if isinstance(self.resampler, HaltingResampler):
-            return self._learn_to_halt(self.resampler, pixel_values, arrangement.length)
+            assert isinstance(self.decoder, KeptViTDecoder)
+            black, white = self.config.pixel_range
+            step = learn_to_halt(
+                self.resampler,
+                self.quantizer,
+                self.decoder,
+                self.encoder(pixel_values.to(self.dtype)),
+                pixel_values,
+                span=white - black,
+                tokens=arrangement.length,
+            )
+            return CodecOutput(step.drawn, step.quantized.ids, step.quantized.loss, halting_loss=step.loss)
         quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
         grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
         if not arrangement.codes:  # the first of a sequence, all of a grid
@@ -361,51 +373,6 @@ class VisualCodecModel(PreTrainedModel):
         quantized = self.quantizer(positions[None])  # all pictures in a row, [1, M, D]: no loss on padding
         ids, mask = padded(quantized.ids[0], keep.bool())
         return Quantized(ids, padded(quantized.vectors[0], keep.bool())[0], quantized.loss), mask
-
-    def _encode_unhalted(
-        self, resampler: HaltingResampler, pixel_values: torch.Tensor, tokens: int, error: float | None
-    ) -> VisualCodes:
-        error = resampler.config.allowed_error if error is None else error
-        resampler.config.check_error(error)
-        features = self.encoder(pixel_values.to(self.dtype))
-        latents = resampler.latents(features, tokens, features.new_full((len(features),), error))
-        keep = resampler.keep(latents.halting)
-        ids, mask = padded(self.quantizer(latents.positions).ids[keep], keep)
-        places, _ = padded(keep.nonzero()[:, 1], keep)
-        return VisualCodes(ids, mask, side_info={"places": places})
-
-    def _learn_to_halt(self, resampler: HaltingResampler, pixel_values: torch.Tensor, tokens: int) -> CodecOutput:
-        """Draw with some latents under the smallest error; then, with all of them and asked for the error that was
-        made, draw with as many and teach the others to halt (2507.07995).
-        """
-        features = self.encoder(pixel_values.to(self.dtype))
-        enough = int(torch.randint(1, tokens + 1, ()))
-        with torch.no_grad():
-            latents = resampler.latents(features, enough, features.new_zeros(len(features)))
-            missed = self.decoder(self.quantizer(latents.positions).vectors) - pixel_values
-            black, white = self.config.pixel_range
-            errors = missed.abs().mean(dim=(1, 2, 3)) / (white - black)
-        latents = resampler.latents(features, tokens, errors)
-        quantized = self.quantizer(latents.positions[:, :enough])
-        halts = (torch.arange(tokens, device=features.device) >= enough).to(latents.halting)
-        return CodecOutput(
-            self.decoder(quantized.vectors),
-            quantized.ids,
-            quantized.loss,
-            halting_loss=F.binary_cross_entropy_with_logits(latents.halting, halts.expand_as(latents.halting)),
-        )
-
-    def _places(self, codes: VisualCodes) -> torch.Tensor | None:
-        """Which latents the codes are of; None for the first."""
-        places, most = codes.side_info.get("places"), self.length.max_length
-        if places is None:
-            return None
-        if places.shape != codes.mask.shape or places.dtype != torch.int64:
-            seen = f"{places.dtype} {tuple(places.shape)}"
-            raise ValueError(f"side_info['places'] is {seen}; give int64 {tuple(codes.mask.shape)}, as encode does.")
-        if not 0 <= int(places.min()) <= int(places.max()) < most:
-            raise ValueError(f"side_info['places'] names latents {places.tolist()}; there are 0 to {most - 1}.")
-        return places
 
     def _latents(self, codes: VisualCodes) -> torch.Tensor:
         wanted = (*codes.ids.shape[:2], self.dim)
