@@ -101,6 +101,15 @@ def texts(tmp_path_factory):
     return write_text_tower(whole_model("clip"), tmp_path_factory.mktemp("texts"))
 
 
+def test_a_recipe_around_a_named_tower_runs_to_its_end(tower, tmp_path):
+    encoder = f"model.encoder={{kind: tower, tower: {tower}, layer: 1}}"
+    decoder = "model.decoder={kind: conv, patch: 8, channels: [16], blocks: 1}"
+    changes = [*SMALL, encoder, decoder, "model.image_size=32", f"run.directory={tmp_path}"]
+    codec = VisualCodecModel.from_pretrained(train(FOLDER / "grid_vq.yaml", changes).model)
+    assert codec.config.encoder["tower"]["model_type"] == "vit"
+    assert codec.encode(codec.from_shown(torch.zeros(1, 3, 32, 32))).grid == [(4, 4)]
+
+
 def pixels(seed=0):
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 

@@ -26,7 +26,7 @@ from unimm.codec.resamplers import Resampler
 from unimm.codec.selection import SelectResampler, padded
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
 from unimm.codec.streams import StreamsDecoder
-from unimm.codec.tower import TowerEncoder, tower_fields
+from unimm.codec.tower import TowerEncoder, around_tower
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock
@@ -109,9 +109,7 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: another kind of model, or fields that do not fit it.
         """
-        around = tower_fields(tower)
-        encoder = fields.get("encoder", {}) | around["encoder"]
-        codec = cls(VisualCodecConfig(**around | fields | {"encoder": encoder}))
+        codec = cls(VisualCodecConfig(**around_tower(tower, fields)))
         assert isinstance(codec.encoder, TowerEncoder)
         codec.encoder.load(tower)
         return codec

@@ -105,22 +105,21 @@ class TowerEncoder(nn.Module):
         """
         config, kind = self.tower.config, type(self.tower)
         self.tower, found = kind.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-        if found["missing_keys"]:
-            raise ValueError(
-                f"{name} has no {sorted(found['missing_keys'])[0]}; save its vision model alone and name that."
-            )
+        if missing := sorted(self._read_weights() & set(found["missing_keys"])):
+            raise ValueError(f"{name} has no weights {missing[0]!r}; save its vision model alone and name that.")
         self._set_trained()
 
     def _set_trained(self) -> None:
-        self.tower.requires_grad_(False)
-        if not self.config.learns:
-            return
+        reached = self._read_weights() if self.config.learns else set()
+        for name, weight in self.tower.named_parameters():
+            weight.requires_grad_(name in reached)
+
+    def _read_weights(self) -> set[str]:
+        """Names of the weights that the chosen states depend on; heads that pool are not among them."""
         with torch.device("meta"):
             probe = _unfilled(self.tower.config)
             self._states(probe, torch.zeros(1, 3, self.config.side, self.config.side)).sum().backward()
-        reached = {name for name, weight in probe.named_parameters() if weight.grad is not None}
-        for name, weight in self.tower.named_parameters():
-            weight.requires_grad_(name in reached)
+        return {name for name, weight in probe.named_parameters() if weight.grad is not None}
 
     def _states(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         given: dict[str, torch.Tensor | None] = {"pixel_values": pixel_values}
@@ -161,11 +160,12 @@ def _unfilled(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-def tower_fields(name: str | Path) -> dict[str, Any]:
+def around_tower(name: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a codec's configuration around a saved vision model: encoder, side and normalisation of its pictures.
 
     Args:
         name: folder or Hub name; of a model of pictures and texts, the part that sees is taken.
+        fields: the others, and those that are to be otherwise; `encoder` may hold `layer` and `learns`.
 
     Raises:
         ValueError: a model of another form.
@@ -177,9 +177,5 @@ def tower_fields(name: str | Path) -> dict[str, Any]:
     tower.pop("_name_or_path", None)  # where it lay is nobody's business
     side = TowerEncoderConfig(tower).side
     processor = AutoImageProcessor.from_pretrained(name)
-    return {
-        "image_size": side,
-        "pixel_mean": list(processor.image_mean),
-        "pixel_std": list(processor.image_std),
-        "encoder": {"kind": "tower", "tower": tower},
-    }
+    around = {"image_size": side, "pixel_mean": list(processor.image_mean), "pixel_std": list(processor.image_std)}
+    return around | fields | {"encoder": fields.get("encoder", {}) | {"kind": "tower", "tower": tower}}

@@ -16,6 +16,7 @@ from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCode
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
 from unimm.codec.streams import StreamsDecoder
+from unimm.codec.tower import around_tower
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.scorers.reconstruction import psnr
 from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead, text_tower
@@ -265,12 +266,18 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
             patch_tower(teacher.model)
 
 
+def named_tower(fields: dict[str, Any]) -> str | None:
+    """The folder or Hub name in `encoder.tower`, if it is one."""
+    tower = fields.get("encoder", {}).get("tower")
+    return tower if isinstance(tower, str) else None
+
+
 def begun_codec(fields: dict[str, Any]) -> VisualCodecModel:
     """A codec with fresh weights; where `encoder.tower` is a folder or Hub name, around that model."""
-    tower = fields.get("encoder", {}).get("tower")
-    if isinstance(tower, str):
-        return VisualCodecModel.from_tower(tower, **fields)
-    return VisualCodecModel(VisualCodecConfig(**fields))
+    tower = named_tower(fields)
+    return (
+        VisualCodecModel(VisualCodecConfig(**fields)) if tower is None else VisualCodecModel.from_tower(tower, **fields)
+    )
 
 
 def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
@@ -313,7 +320,8 @@ def reconstruction_losses(
 def train_codec(recipe: CodecRecipe) -> RunDirectory:
     """Train a codec and save it, with its image processor, under `model/` of the run directory."""
     torch.manual_seed(recipe.run.seed)
-    config = VisualCodecConfig(**recipe.model)
+    tower = named_tower(recipe.model)
+    config = VisualCodecConfig(**(recipe.model if tower is None else around_tower(tower, recipe.model)))
     check_objectives(recipe, config)
     pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
