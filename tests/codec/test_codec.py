@@ -102,7 +102,7 @@ TINY = {
                 "image_size": 32,
                 "patch_size": 16,
             },
-            "layer": 1,
+            "layers": [1],
             "learns": True,
         },
         "streams": {

@@ -16,6 +16,7 @@ from transformers import (
     Siglip2VisionConfig,
     SiglipVisionConfig,
     ViTConfig,
+    ViTImageProcessorPil,
 )
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
@@ -50,14 +51,28 @@ def test_cells_are_the_hidden_states_of_a_layer(config):
     whole = AutoModel.from_config(config).eval()
     output = whole(pictures(), output_hidden_states=True)
     for layer in range(4):
-        encoder = TowerEncoder(TowerEncoderConfig(config.to_dict(), layer)).eval()
+        encoder = TowerEncoder(TowerEncoderConfig(config.to_dict(), (layer,))).eval()
         kept = encoder.tower.state_dict()
         encoder.tower.load_state_dict({name: whole.state_dict()[name] for name in kept})
         states = output.hidden_states[layer] if layer else output.last_hidden_state
         assert encoder(pictures()).flatten(2).transpose(1, 2).equal(states[:, -16:])
     assert len(kept) == len(whole.state_dict())
-    first = TowerEncoder(TowerEncoderConfig(config.to_dict(), 1)).tower.state_dict()
+    first = TowerEncoder(TowerEncoderConfig(config.to_dict(), (1,))).tower.state_dict()
     assert len(first) < len(kept)  # later layers are not there
+
+
+@torch.no_grad()
+def test_several_layers_are_read_side_by_side(tmp_path):
+    AutoModel.from_config(TOWERS[0]).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    taps = ((1, 3), (0, 2))
+    both, other = (VisualCodecModel.from_tower(tmp_path, encoder={"layers": list(tap)}, **SOCKETS) for tap in taps)
+    alone = [VisualCodecModel.from_tower(tmp_path, encoder={"layers": [layer]}, **SOCKETS) for layer in range(4)]
+    states = [codec.encoder(pictures()) for codec in alone]
+    for codec, tap in ((both, taps[0]), (other, taps[1])):
+        assert codec.encoder(pictures()).equal(torch.cat([states[layer] for layer in tap], dim=1))
+    with pytest.raises(ValueError, match=r"layers are \(\)"):
+        TowerEncoderConfig(TOWERS[0].to_dict(), layers=())
 
 
 @torch.no_grad()
@@ -72,7 +87,7 @@ def test_siglip2_reads_pictures_of_any_shape_as_its_own_processor_lays_them_out(
     assert given["spatial_shapes"].tolist() == [[3, 5]]
     output = whole(**given, output_hidden_states=True)
     for layer in range(4):
-        encoder = TowerEncoder(TowerEncoderConfig(config.to_dict(), layer)).eval()
+        encoder = TowerEncoder(TowerEncoderConfig(config.to_dict(), (layer,))).eval()
         encoder.tower.load_state_dict({name: whole.state_dict()[name] for name in encoder.tower.state_dict()})
         states = output.hidden_states[layer] if layer else output.last_hidden_state
         cells = encoder(picture[None] / 127.5 - 1)
@@ -85,7 +100,7 @@ def test_a_siglip2_is_taken_with_its_own_side_and_trained(tmp_path):
     config = Siglip2VisionConfig(**sizes, intermediate_size=24, num_patches=16)
     AutoModel.from_config(config).save_pretrained(tmp_path)
     Siglip2ImageProcessorPil(patch_size=8).save_pretrained(tmp_path)
-    codec = VisualCodecModel.from_tower(tmp_path, encoder={"layer": 2, "learns": True}, **SOCKETS)
+    codec = VisualCodecModel.from_tower(tmp_path, encoder={"layers": [2], "learns": True}, **SOCKETS)
     assert codec.config.image_size == 32
     output = codec.train()(codec.from_shown(pictures()))
     (output.reconstruction.square().mean() + output.quantizer_loss).backward()
@@ -116,7 +131,7 @@ def clip(tmp_path_factory):
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_codec_begins_with_a_saved_tower_and_keeps_or_trains_it(clip, tmp_path, learns):
-    codec = VisualCodecModel.from_tower(clip, encoder={"layer": 2, "learns": learns}, **SOCKETS)
+    codec = VisualCodecModel.from_tower(clip, encoder={"layers": [2], "learns": learns}, **SOCKETS)
     saved = CLIPModel.from_pretrained(clip).vision_model.state_dict()
     kept = {name.removeprefix("vision_model."): weight for name, weight in codec.encoder.tower.state_dict().items()}
     assert all(weight.equal(saved[name]) for name, weight in kept.items())
@@ -135,14 +150,14 @@ def test_a_codec_begins_with_a_saved_tower_and_keeps_or_trains_it(clip, tmp_path
 
 
 def test_a_recipe_names_a_tower(clip):
-    codec = begun_codec({"encoder": {"kind": "tower", "tower": str(clip), "layer": 1}, **SOCKETS})
-    assert codec.encoder.config.layer == 1
+    codec = begun_codec({"encoder": {"kind": "tower", "tower": str(clip), "layers": [1]}, **SOCKETS})
+    assert codec.encoder.config.layers == (1,)
     assert codec.config.image_size == 32
     assert str(clip) not in codec.config.to_json_string()
     with pytest.raises(ValueError, match="unknown key 'layr'"):
         begun_codec({"encoder": {"kind": "tower", "tower": str(clip), "layr": 1}, **SOCKETS})
     own = begun_codec({"encoder": {"kind": "tower", "tower": str(clip)}, "image_size": 32, **SOCKETS})
-    assert own.encoder.config.layer == 0
+    assert own.encoder.config.layers == (0,)
 
 
 def test_models_of_another_form_are_refused(tmp_path):
@@ -154,6 +169,6 @@ def test_models_of_another_form_are_refused(tmp_path):
     with pytest.raises(ValueError, match="transformers knows no such model"):
         TowerEncoderConfig({"model_type": "nothing"})
     with pytest.raises(ValueError, match="layers 1 to 3"):
-        TowerEncoderConfig(TOWERS[0].to_dict(), layer=4)
+        TowerEncoderConfig(TOWERS[0].to_dict(), layers=(4,))
     with pytest.raises(ValueError, match=r"tower\.model_type is None"):
         VisualCodecConfig(encoder={"kind": "tower", "tower": {}})

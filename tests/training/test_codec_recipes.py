@@ -102,7 +102,7 @@ def texts(tmp_path_factory):
 
 
 def test_a_recipe_around_a_named_tower_runs_to_its_end(tower, tmp_path):
-    encoder = f"model.encoder={{kind: tower, tower: {tower}, layer: 1}}"
+    encoder = f"model.encoder={{kind: tower, tower: {tower}, layers: [1]}}"
     decoder = "model.decoder={kind: conv, patch: 8, channels: [16], blocks: 1}"
     changes = [*SMALL, encoder, decoder, "model.image_size=32", f"run.directory={tmp_path}"]
     codec = VisualCodecModel.from_pretrained(train(FOLDER / "grid_vq.yaml", changes).model)

@@ -104,7 +104,7 @@ class VisualCodecModel(PreTrainedModel):
 
         Args:
             tower: folder or Hub name of a model as of `TowerEncoderConfig`, with its image processor.
-            fields: of the configuration; `encoder` may hold `layer` and `learns`.
+            fields: of the configuration; `encoder` may hold `layers` and `learns`.
 
         Raises:
             ValueError: another kind of model, or fields that do not fit it.

@@ -1,4 +1,4 @@
-"""Any vision tower of transformers as an encoder: the hidden states of one of its layers, laid out as a grid.
+"""Any vision tower of transformers as an encoder: the hidden states of some of its layers, laid out as a grid.
 
 The Auto classes are imported where they are used: their first import registers the codec, which this one is a part of.
 """
@@ -29,13 +29,13 @@ class TowerEncoderConfig(EncoderOptions):
 
     Args:
         tower: its configuration in transformers, `model_type` and fields.
-        layer: whose hidden states are read, counted from 1; later layers are not built. 0 reads what the tower gives,
-            behind its last norm.
+        layers: whose hidden states are read, side by side, counted from 1; later ones than all of them are not built.
+            0 reads what the tower gives, behind its last norm.
         learns: whether its weights are trained.
     """
 
     tower: dict[str, Any]
-    layer: int = 0
+    layers: tuple[int, ...] = (0,)
     learns: bool = False
 
     def __post_init__(self) -> None:
@@ -46,9 +46,9 @@ class TowerEncoderConfig(EncoderOptions):
                 f"tower is of model_type {config.model_type!r}, which has no {', '.join(missing)}; take a vision "
                 "transformer over square patches."
             )
-        if not 0 <= self.layer <= config.num_hidden_layers:
+        if not self.layers or not all(0 <= layer <= config.num_hidden_layers for layer in self.layers):
             raise ValueError(
-                f"layer is {self.layer}; the tower has layers 1 to {config.num_hidden_layers}, and 0 is its output."
+                f"layers are {self.layers}; the tower has layers 1 to {config.num_hidden_layers}, and 0 is its output."
             )
 
     @cached_property
@@ -74,7 +74,7 @@ class TowerEncoderConfig(EncoderOptions):
 
     @property
     def width(self) -> int:
-        return self.tower_config.hidden_size
+        return self.tower_config.hidden_size * len(self.layers)
 
 
 def without_stages(fields: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def without_stages(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 class TowerEncoder(nn.Module):
-    """Pixels `[B, 3, H, W]` to `[B, hidden_size, H / patch_size, W / patch_size]`; class and register tokens fall out.
+    """Pixels `[B, 3, H, W]` to `[B, width, H / patch_size, W / patch_size]`; class and register tokens fall out.
 
     Of a tower that learns, only weights that the chosen states depend on are trained.
     """
@@ -92,8 +92,8 @@ class TowerEncoder(nn.Module):
         super().__init__()
         self.config = config
         built = config.tower_config
-        if config.layer:
-            built = type(built)(**without_stages(built.to_dict()) | {"num_hidden_layers": config.layer})
+        if all(config.layers):
+            built = type(built)(**without_stages(built.to_dict()) | {"num_hidden_layers": max(config.layers)})
         self.tower = _unfilled(built)
         self._set_trained()
 
@@ -116,7 +116,7 @@ class TowerEncoder(nn.Module):
 
     def _read_weights(self) -> set[str]:
         """Names of the weights that the chosen states depend on; heads that pool are not among them."""
-        with torch.device("meta"):
+        with torch.enable_grad(), torch.device("meta"):
             probe = _unfilled(self.tower.config)
             self._states(probe, torch.zeros(1, 3, self.config.side, self.config.side)).sum().backward()
         return {name for name, weight in probe.named_parameters() if weight.grad is not None}
@@ -125,8 +125,9 @@ class TowerEncoder(nn.Module):
         given: dict[str, torch.Tensor | None] = {"pixel_values": pixel_values}
         if self.config.tower_config.model_type == FLATTENED:
             given = flattened(pixel_values, self.config.downsample)
-        output = tower(**given, output_hidden_states=self.config.layer > 0)
-        return output.hidden_states[-1] if self.config.layer else output.last_hidden_state
+        output = tower(**given, output_hidden_states=any(self.config.layers))
+        states = [output.hidden_states[layer] if layer else output.last_hidden_state for layer in self.config.layers]
+        return torch.cat(states, dim=2)
 
     def train(self, mode: bool = True) -> TowerEncoder:
         super().train(mode)
@@ -165,7 +166,7 @@ def around_tower(name: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         name: folder or Hub name; of a model of pictures and texts, the part that sees is taken.
-        fields: the others, and those that are to be otherwise; `encoder` may hold `layer` and `learns`.
+        fields: the others, and those that are to be otherwise; `encoder` may hold `layers` and `learns`.
 
     Raises:
         ValueError: a model of another form.
