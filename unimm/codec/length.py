@@ -29,6 +29,10 @@ class Arrangement:
 class LengthPolicy(ABC):
     """Says which (rows, columns) grids are legal, and how many positions a picture becomes."""
 
+    filled = (
+        False  # whether positions without a code are filled, so that the decoder sees as many whatever their number
+    )
+
     @abstractmethod
     def grids(self) -> list[tuple[int, int]]:
         """Every legal (rows, columns) of the encoder's grid."""
@@ -324,8 +328,8 @@ class KeptLength(LengthPolicy):
 
 
 @dataclass(frozen=True)
-class HaltedLength(LengthPolicy):
-    """A picture of one size has as many codes as it needs of the latents that it may have (KARL, 2507.07995).
+class HaltedLength(KeptLength):
+    """The same of the latents that a picture may have, which halt where it does not need them (KARL, 2507.07995).
 
     Args:
         rows, columns: of the encoder's grid.
@@ -333,32 +337,15 @@ class HaltedLength(LengthPolicy):
         budget: latents of a picture unless `num_tokens` says otherwise; at least one of them is kept.
     """
 
-    rows: int
-    columns: int
     tokens: int
     budget: int
 
     def __post_init__(self) -> None:
         self.arrange((self.rows, self.columns), self.budget)
 
-    def grids(self) -> list[tuple[int, int]]:
-        return [(self.rows, self.columns)]
-
-    @property
-    def layout(self) -> str:
-        return "sequence"
-
-    @property
-    def ragged(self) -> bool:
-        return True
-
     @property
     def max_length(self) -> int:
         return self.tokens
-
-    @property
-    def min_length(self) -> int:
-        return 1
 
     def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
         length = self.budget if num_tokens is None else num_tokens

@@ -95,7 +95,7 @@ class VisualCodecModel(PreTrainedModel):
         self.decoder = DECODERS[config.decoder["kind"]][1](decoder)
         self.decoder_options: DecoderOptions = decoder
         self.dim = self.quantizer.out_dim(resampler.dim)
-        self.absent = nn.Parameter(torch.zeros(self.dim)) if getattr(self.length, "filled", False) else None
+        self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
         self.post_init()
 
     @classmethod

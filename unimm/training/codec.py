@@ -247,7 +247,7 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
     grid = codec.grid(codec.image_size, codec.image_size)
     for length in recipe.lengths.values:
         codec.length_policy.arrange(grid, length)
-    if recipe.lengths.by_picture and not codec.length.get("filled"):
+    if recipe.lengths.by_picture and not codec.length_policy.filled:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
         raise ValueError("distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'.")
