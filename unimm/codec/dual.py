@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -51,14 +51,11 @@ class DualDecoderConfig(DecoderOptions):
         return False
 
 
-class TwoSidedDecoder(nn.Module, ABC):
-    """Draws pixels when called, by its part `pixels`, and gives features when asked."""
+class TwoSidedDecoder(nn.Module):
+    """Draws pixels when called, by its part `pixels`; `features`, called with the same, gives `[B, N, width]`."""
 
     pixels: nn.Module
-
-    @abstractmethod
-    def features(self, vectors: torch.Tensor) -> torch.Tensor:
-        """`[B, D, rows, columns]` to features `[B, N, width]`."""
+    features: Callable[..., torch.Tensor]
 
 
 class DualDecoder(TwoSidedDecoder):

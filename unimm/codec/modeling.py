@@ -25,7 +25,6 @@ from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
 from unimm.codec.selection import SelectResampler, padded
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
-from unimm.codec.streams import StreamsDecoder
 from unimm.codec.tower import TowerEncoder, around_tower
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
@@ -409,11 +408,9 @@ class VisualCodecModel(PreTrainedModel):
         return self.decoder(restored) if condition is None else self.decoder(restored, condition.to(restored.dtype))
 
     def _features(self, vectors: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-        restored = self.resampler.restore(vectors, grid)
-        if isinstance(self.decoder, StreamsDecoder):
-            return self.decoder.features(restored, size)
         assert isinstance(self.decoder, TwoSidedDecoder)
-        return self.decoder.features(restored)
+        restored = self.resampler.restore(vectors, grid)
+        return self.decoder.features(restored, *([size] if self.decoder_options.draws_any_size else []))
 
     def _check_codes(self, codes: VisualCodes) -> tuple[int, int]:
         if self.length.layout != "grid":

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimm.codec.decoders import DecoderOptions
+from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.encoders import EncoderOptions
 from unimm.codec.length import coarse_grid
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
@@ -209,7 +210,7 @@ class StreamsDecoderConfig(DecoderOptions):
         return True
 
 
-class StreamsDecoder(nn.Module):
+class StreamsDecoder(TwoSidedDecoder):
     """`[B, 1 + dim, 1, N]` and the (height, width) of the picture to pixels, and to features on request."""
 
     def __init__(self, config: StreamsDecoderConfig) -> None:

@@ -15,9 +15,9 @@ from torch import nn
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, socket_config
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
-from unimm.codec.streams import StreamsDecoder
 from unimm.codec.tower import around_tower
 from unimm.data.pictures import to_pictures, to_pixel_values
+from unimm.nn.scripted import Lpips
 from unimm.scorers.reconstruction import psnr
 from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead, text_tower
 from unimm.training.heads import (
@@ -260,7 +260,8 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
         text_tower(recipe.contrast.model)
     if recipe.perceptual.model:
         vision_tower(recipe.perceptual.model)
-    perceptual_features(PerceptualConfig(lpips=recipe.perceptual.lpips))
+    if recipe.perceptual.lpips:
+        Lpips(recipe.perceptual.lpips)
     for teacher in (recipe.distill, *recipe.align.values()):
         if teacher.model:
             patch_tower(teacher.model)
@@ -275,9 +276,9 @@ def named_tower(fields: dict[str, Any]) -> str | None:
 def begun_codec(fields: dict[str, Any]) -> VisualCodecModel:
     """A codec with fresh weights; where `encoder.tower` is a folder or Hub name, around that model."""
     tower = named_tower(fields)
-    return (
-        VisualCodecModel(VisualCodecConfig(**fields)) if tower is None else VisualCodecModel.from_tower(tower, **fields)
-    )
+    if tower is None:
+        return VisualCodecModel(VisualCodecConfig(**fields))
+    return VisualCodecModel.from_tower(tower, **fields)
 
 
 def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
@@ -302,7 +303,7 @@ def resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 def last_weight(decoder: nn.Module) -> torch.Tensor:
     """Of the layer that draws the pixels."""
-    drawing = decoder.pixels if isinstance(decoder, (TwoSidedDecoder, StreamsDecoder)) else decoder
+    drawing = decoder.pixels if isinstance(decoder, TwoSidedDecoder) else decoder
     return [weight for weight in drawing.parameters() if weight.ndim > 1][-1]
 
 
