@@ -169,8 +169,7 @@ class PyramidTrunk(nn.Module):
             attention = level in config.attention_levels
             stage = PyramidLevel(width, channels, config.blocks, attention=attention, config=config)
             if level + 1 < len(config.channels):
-                stage.resize = Fold(channels) if config.folded else Halve(channels, centred=config.centred)
-                stage.resize = nn.AvgPool2d(2) if config.averaged else stage.resize
+                stage.resize = halving(config, channels)
             self.levels.append(stage)
             width = channels
         self.middle = middle(config)
@@ -269,6 +268,13 @@ class PyramidDecoder(nn.Module):
         for adapt, level in zip(self.adaptive, self.levels, strict=True):
             hidden = level(adapt(hidden, features) if self.is_adaptive else hidden, *condition)
         return self.out(F.silu(self.norm(hidden, *condition)))
+
+
+def halving(config: PyramidEncoderConfig, channels: int) -> nn.Module:
+    """What halves the sides of a grid."""
+    if config.averaged:
+        return nn.AvgPool2d(2)
+    return Fold(channels) if config.folded else Halve(channels, centred=config.centred)
 
 
 def doubling(upsampling: str, channels: int) -> nn.Module:

@@ -86,9 +86,8 @@ class TextTower:
         tower = text_tower(name)
         self.model = tower.from_pretrained(name).to(PartialState(cpu=ON_CPU).device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.padding = (
-            "max_length" if self.model.config.model_type.startswith("siglip") else "longest"
-        )  # each as it was trained
+        # Each as it was trained.
+        self.padding = "max_length" if self.model.config.model_type.startswith("siglip") else "longest"
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:

@@ -73,7 +73,7 @@ def check_length(reader: str, codec: VisualCodecConfig) -> None:
     if codec.length_policy.ragged:
         raise ValueError(
             f"{reader} reads pictures of equally many codes, and this codec keeps as many of each as it needs; "
-            "take another resampler than 'select', or leave it out."
+            "take another length.kind, or leave it out."
         )
 
 
