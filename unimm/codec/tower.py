@@ -161,6 +161,31 @@ def _unfilled(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
+def vision_config(name: str | Path) -> PreTrainedConfig:
+    """Of a saved vision model, by folder or Hub name; of a model of pictures and texts, that of the part that sees."""
+    from transformers import AutoConfig
+
+    whole = AutoConfig.from_pretrained(name)
+    return getattr(whole, "vision_config", whole)
+
+
+def channel_statistics(name: str | Path) -> tuple[list[float], list[float]]:
+    """Mean and spread of each channel of pixels in [0, 1], as a saved vision model knows them.
+
+    Raises:
+        ValueError: there is no image processor, which says them.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(
+            f"{name} has no image processor, and it alone knows the range of the model's pixels; save one there."
+        ) from error
+    return list(processor.image_mean), list(processor.image_std)
+
+
 def around_tower(name: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a codec's configuration around a saved vision model: encoder, side and normalisation of its pictures.
 
@@ -169,14 +194,11 @@ def around_tower(name: str | Path, fields: dict[str, Any]) -> dict[str, Any]:
         fields: the others, and those that are to be otherwise; `encoder` may hold `layers` and `learns`.
 
     Raises:
-        ValueError: a model of another form.
+        ValueError: a model of another form, or without an image processor.
     """
-    from transformers import AutoConfig, AutoImageProcessor
-
-    whole = AutoConfig.from_pretrained(name)
-    tower = getattr(whole, "vision_config", whole).to_dict()
+    tower = vision_config(name).to_dict()
     tower.pop("_name_or_path", None)  # where it lay is nobody's business
     side = TowerEncoderConfig(tower).side
-    processor = AutoImageProcessor.from_pretrained(name)
-    around = {"image_size": side, "pixel_mean": list(processor.image_mean), "pixel_std": list(processor.image_std)}
+    mean, std = channel_statistics(name)
+    around = {"image_size": side, "pixel_mean": mean, "pixel_std": std}
     return around | fields | {"encoder": fields.get("encoder", {}) | {"kind": "tower", "tower": tower}}

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from unimm.codec.tower import channel_statistics, vision_config
 from unimm.nn.scripted import Lpips
 
 EPS = 1e-4
@@ -105,17 +106,10 @@ def vision_tower(model: str) -> VisionTower:
     Raises:
         ValueError: a model that names no size of its pictures, or has no image processor, which knows their range.
     """
-    whole = AutoConfig.from_pretrained(model)
-    config = getattr(whole, "vision_config", whole)
+    config = vision_config(model)
     if not isinstance(config.to_dict().get("image_size"), int):
         raise ValueError(f"{model} names no image_size; take a vision model that does.")
-    try:
-        processor = AutoImageProcessor.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(
-            f"{model} has no image processor, and it alone knows the range of the model's pixels; save one there."
-        ) from error
-    return VisionTower(config, list(processor.image_mean), list(processor.image_std))
+    return VisionTower(config, *channel_statistics(model))
 
 
 def patch_tower(model: str) -> VisionTower:
