@@ -57,7 +57,7 @@ Apache-2.0. Emoji pictures were rendered from Noto Color Emoji (SIL OFL 1.1); th
 """
 DETOKENIZER = """ A rectified-flow detokenizer of {parameters} weights in `detokenizer/` draws the same codes in 4 to 20
 steps, where the codec's own decoder takes one pass: `model.generate(prompt, diffusion_steps=8)`. Its pictures
-are still softer than those of the codec's decoder."""
+are torn where its cells meet, worst in emoji, and worse than those of the codec's decoder."""
 
 
 def write_card(folder: Path, report_markdown: str, *, num_shapes: int, num_colours: int, num_emoji: int) -> None:
