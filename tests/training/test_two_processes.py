@@ -16,19 +16,23 @@ from unimm.training.run_directory import RunConfig, RunDirectory
 
 STEPS, SAVED = 6, 3
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-MESSAGES = [
-    {"role": "user", "content": [{"type": "text", "text": "a red heart"}]},
-    {"role": "assistant", "content": [{"type": "image", "text": None}]},
-]
+IMAGE = {"type": "image", "text": None}
+DRAW, READ = (
+    [{"role": "user", "content": [asked]}, {"role": "assistant", "content": [answered]}]
+    for asked, answered in (
+        ({"type": "text", "text": "a red heart"}, IMAGE),
+        (IMAGE, {"type": "text", "text": "three small blue stars above a heart"}),
+    )
+)
 
 
 @pytest.fixture(scope="module")
 def recipe(worlds_folder, tmp_path_factory):
-    """Conversations of one length, so that means over processes are means over tokens."""
+    """Drawing and reading, so that processes and micro-batches have unequal numbers of targets."""
     folder = tmp_path_factory.mktemp("two")
     codec = UniMMForConditionalGeneration.from_pretrained(worlds_folder).codec
     rng = np.random.default_rng(0)
-    folder_of(folder / "rows", codec, [picture_row(codec, rng, messages=MESSAGES) for _ in range(12)])
+    folder_of(folder / "rows", codec, [picture_row(codec, rng, messages=DRAW if i % 3 else READ) for i in range(12)])
     data = {
         "task": "sft",
         "run": {"name": "run", "directory": str(folder)},
@@ -44,14 +48,16 @@ def recipe(worlds_folder, tmp_path_factory):
     return folder / "run.yaml"
 
 
-def run(recipe, name, *, processes):
-    """Train here, or in two new processes; the losses by step."""
-    if processes == 1:
-        train(recipe, [f"run.name={name}"])
-    else:
-        command = [sys.executable, *TORCHRUN, "-m", "unimm.cli", "train", str(recipe), f"run.name={name}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-        subprocess.run(command, check=True, env=environment, timeout=1200)
+def run(recipe, name, *overrides):
+    """Train here; the losses by step."""
+    train(recipe, [f"run.name={name}", *overrides])
+    return curve(recipe, name)
+
+
+def run_in_two(recipe, name, launcher=TORCHRUN, **environment):
+    """Train in two new processes; the losses by step."""
+    command = [sys.executable, *launcher, "-m", "unimm.cli", "train", str(recipe), f"run.name={name}"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=1200)
     return curve(recipe, name)
 
 
@@ -77,19 +83,43 @@ def forget(recipe, name, new):
     (target / "recipe.yaml").write_text(text.replace(f"name: {name}\n", f"name: {new}\n"))
 
 
+@pytest.fixture(scope="module")
+def one(recipe):
+    """The losses of one process."""
+    losses = run(recipe, "one")
+    assert len(losses) == 3 * STEPS
+    assert losses[STEPS, "loss"] < 0.9 * losses[1, "loss"]
+    return losses
+
+
+def test_micro_batches_have_the_losses_of_whole_batches(recipe, one):
+    assert run(recipe, "micro", "micro_batch=1") == pytest.approx(one, rel=1e-3)
+
+
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one_and_each_resumes_the_other(recipe):
-    one = run(recipe, "one", processes=1)
-    two = run(recipe, "two", processes=2)
-    assert len(one) == 3 * STEPS
-    assert one[STEPS, "loss"] < 0.9 * one[1, "loss"]
-    assert two == pytest.approx(one, rel=1e-3)
+def test_two_processes_have_the_losses_of_one_and_each_resumes_the_other(recipe, one):
+    assert run_in_two(recipe, "two", ACCELERATE_USE_CPU="1") == pytest.approx(one, rel=1e-3)
     forget(recipe, "two", "two-then-one")
     forget(recipe, "one", "one-then-two")
-    assert run(recipe, "two-then-one", processes=1) == pytest.approx(one, rel=1e-3)
-    assert run(recipe, "one-then-two", processes=2) == pytest.approx(one, rel=1e-3)
+    assert run(recipe, "two-then-one") == pytest.approx(one, rel=1e-3)
+    assert run_in_two(recipe, "one-then-two", ACCELERATE_USE_CPU="1") == pytest.approx(one, rel=1e-3)
     weights = [
         UniMMForConditionalGeneration.from_pretrained(directory(recipe, name).model).lm_head.weight
         for name in ("one", "two-then-one", "one-then-two")
     ]
     assert all((weights[0] - other).abs().max() < 1e-3 for other in weights[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_has_the_losses_of_one_process_and_resumes(recipe, one, stage):
+    pytest.importorskip("deepspeed")
+    config = f"recipes/accelerate/deepspeed_{stage}.yaml"
+    arguments = ("--config_file", config, "--num_processes", "2", "--mixed_precision", "no")
+    launcher = ["-m", "accelerate.commands.launch", *arguments]
+    assert run_in_two(recipe, stage, launcher, DS_ACCELERATOR="cpu") == pytest.approx(one, rel=1e-3)
+    forget(recipe, stage, f"{stage}-again")
+    assert run_in_two(recipe, f"{stage}-again", launcher, DS_ACCELERATOR="cpu") == pytest.approx(one, rel=1e-3)
+    saved = UniMMForConditionalGeneration.from_pretrained(directory(recipe, stage).model)
+    alone = UniMMForConditionalGeneration.from_pretrained(directory(recipe, "one").model)
+    assert (saved.lm_head.weight - alone.lm_head.weight).abs().max() < 1e-3

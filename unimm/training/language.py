@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from unimm.data.conversations import TaskRates
 from unimm.files import atomic_directory
 from unimm.pipelines import UniMM
-from unimm.sequence import ImagePart, UniMMProcessor
+from unimm.sequence import IGNORED_LABEL, ImagePart, UniMMProcessor
 from unimm.training.adapter import AdapterConfig, begin_adapter, load_model, merge_adapter
 from unimm.training.begin import BackboneConfig, SamplingConfig, TextModelConfig, begin_model, generation_config
 from unimm.training.language_data import ConversationDataset, PackInOneRow, PadRight, RowsConfig, open_mixture
@@ -25,7 +26,7 @@ from unimm.training.loop import ON_CPU, check_finite, computes_in_bf16
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import contact_sheet, plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
-from unimm.unified import UniMMForConditionalGeneration
+from unimm.unified import UniMMConfig, UniMMForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +105,15 @@ class LanguageRecipe:
 class LanguageTrainer(Trainer):
     """Takes its optimiser from the recipe, adds the two halves of the loss to the log, and reads its data in order: the
     dataset itself is the shuffle.
+
+    The loss is a mean over the targets of a whole step, however micro-batches and processes share them.
     """
 
     def __init__(self, *args: Any, optimizer_config: OptimizerConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # means of micro-batches, which it then averages
+        self.model_accepts_loss_kwargs = True  # it divides by the targets of the step, and not by micro-batches again
         self.optimizer_config = optimizer_config
-        self._halves: dict[str, list[torch.Tensor]] = {"text_loss": [], "image_loss": []}
+        self._halves: list[torch.Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
@@ -119,19 +122,46 @@ class LanguageTrainer(Trainer):
         self.optimizer = build_optimizer(model or self.model, self.optimizer_config)
         return self.optimizer
 
-    def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        outputs = model(**inputs, use_cache=False)  # with a cache, packs would not be told apart
-        for name, values in self._halves.items():
-            values.append(outputs[name].detach())
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The micro-batches of a step, and their weighted targets, those of other processes included."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.stack([self._count_targets(batch).to(device) for batch in batches])  # [micro-batches, 2]
+        counts = self.accelerator.gather(counts).sum(dim=0)
+        return batches, counts[0] + self._config.image_loss_weight * counts[1]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        # With a cache, packs would not be told apart.
+        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
+        means, counts = torch.stack([outputs.text_loss, outputs.image_loss]).detach(), self._count_targets(inputs)
+        self._halves.append(torch.stack([means * counts, counts]))
+        loss = outputs.loss * self.accelerator.num_processes  # over which gradients are averaged
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            for name, values in self._halves.items():
-                if values:
-                    logs[name] = float(self.accelerator.gather(torch.stack(values).mean()[None]).mean())
-            self._halves = {name: [] for name in self._halves}
+        if "loss" in logs and self._halves:
+            sums, counts = self.accelerator.gather(torch.stack(self._halves).sum(dim=0)[None]).sum(dim=0)
+            logs["text_loss"], logs["image_loss"] = (sums / counts.clamp_min(1)).tolist()
+            self._halves = []
         super().log(logs, *args, **kwargs)
+
+    @property
+    def _config(self) -> UniMMConfig:
+        return self.accelerator.unwrap_model(self.model).config
+
+    def _count_targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How many targets are text, and how many codes, `[2]`."""
+        targets = batch["labels"][:, 1:]
+        blocks = self._config.vocabulary.blocks
+        codes = sum(((block.start <= targets) & (targets < block.stop)).sum() for block in blocks)
+        return torch.stack([(targets != IGNORED_LABEL).sum() - codes, codes]).float()
 
 
 class RunCallback(TrainerCallback):
@@ -355,6 +385,7 @@ def training_arguments(recipe: LanguageRecipe, directory: RunDirectory) -> Train
         torch_compile=recipe.compile,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
+        average_tokens_across_devices=False,  # the trainer counts targets by their weights itself
         dataloader_num_workers=1,
         dataloader_prefetch_factor=4,
     )

@@ -16,9 +16,7 @@ from transformers import DataCollatorWithFlattening
 from unimm.codec import VisualCodecModel
 from unimm.data.conversations import Message, TaskRates, converse
 from unimm.data.rows import read_rows, row_pictures, row_texts
-from unimm.sequence import UniMMProcessor
-
-IGNORED_LABEL = -100
+from unimm.sequence import IGNORED_LABEL, UniMMProcessor
 
 Item = dict[str, list[int]]
 
