@@ -86,7 +86,7 @@ def test_pictures_to_read_are_copies_and_pictures_to_draw_are_not(codec, tiny, t
         assert picture.codes.ids[0].tolist() == row[expected]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_packed_logits_are_the_unpacked_ones(codec, tiny, captioned, chat, attention):
     model = UniMMForConditionalGeneration(tiny[0].config).eval()
     model.set_attn_implementation({"text_config": attention})

@@ -13,11 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import is_bitsandbytes_available
 
+from unimm.nn.few_rows import few_rows_product, takes_few_rows
 from unimm.nn.precision import has_fast_bf16
 
 FORMATS = ("bfloat16", "int8", "nf4")
 SMALL = ("int8", "nf4")
-INT8_ROWS = 24  # above, the kernel of torch is slower than a product with restored weights
+INT8_ROWS = 24  # above, the kernel of torch for CPUs is slower than a product with restored weights
 PACKED_FOR = 4  # rows that the order is chosen for; any number works
 
 
@@ -61,7 +62,9 @@ class Int8Linear(nn.Module):
 
 def _scaled_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`[R, I]` and int8 `[O, I]` to `[R, O]`."""
-    if len(rows) <= INT8_ROWS:
+    if takes_few_rows(rows, weight):
+        return few_rows_product(rows, weight) * scale
+    if len(rows) <= INT8_ROWS and weight.device.type == "cpu":
         return torch._weight_int8pack_mm(rows.contiguous(), weight, scale)
     exact = rows if has_fast_bf16(rows.device) else rows.float()
     return (F.linear(exact, weight.to(exact.dtype)) * scale).to(rows.dtype)

@@ -228,10 +228,6 @@ def train_language(recipe: LanguageRecipe) -> RunDirectory:
     directory = RunDirectory(recipe.run)
     directory.start(recipe)
     model, processor = begin_or_load(recipe)
-    model.config.image_loss_weight = recipe.image_loss_weight
-    model.config.z_loss_weight = recipe.z_loss_weight
-    if recipe.attention is not None:
-        model.set_attn_implementation({"text_config": recipe.attention})
     model.generation_config = generation_config(processor, recipe.sampling)
     dataset = ConversationDataset(
         open_mixture(recipe.data, model.codec),
@@ -260,11 +256,20 @@ def _folder(recipe: LanguageRecipe) -> Path | None:
 
 
 def begin_or_load(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
-    """The model that a recipe begins with or goes on from.
+    """The model that a recipe begins with or goes on from, with the recipe's attention and weights of losses.
 
     Raises:
         ValueError: neither or both, or an adapter of weights that are not trained yet.
     """
+    model, processor = _begun_or_loaded(recipe)
+    model.config.image_loss_weight = recipe.image_loss_weight
+    model.config.z_loss_weight = recipe.z_loss_weight
+    if recipe.attention is not None:
+        model.set_attn_implementation({"text_config": recipe.attention})
+    return model, processor
+
+
+def _begun_or_loaded(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
     if recipe.init_from is not None:
         if recipe.backbone is not None or recipe.codec is not None:
             raise ValueError("The recipe names init_from beside codec or backbone; a saved model has both, drop them.")
