@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
+from unimm.nn.few_rows import HAS_TRITON
 from unimm.unified.decoder import CachedDecoder
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ class RecordedDecoder(CachedDecoder):
     def __init__(self, model: UniMMForConditionalGeneration) -> None:
         super().__init__(model)
         self.recordings: dict[int, Recording] = {}
-        weights = self.body.layers.parameters()
+        weights = chain(self.body.layers.parameters(), self.body.layers.buffers())  # those of int8 are buffers
         large = sum(weight.nbytes for weight in weights if weight.device.type == "cuda") >= COMPILED
-        self.is_compiled = large and find_spec("triton") is not None
+        self.is_compiled = large and HAS_TRITON
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, capacity: int) -> torch.Tensor:
         """See `CachedDecoder.prefill`."""
