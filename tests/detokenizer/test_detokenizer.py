@@ -5,17 +5,29 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from unimm.codec import VisualCodecConfig, VisualCodecModel
 from unimm.codes import VisualCodes
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
+from unimm.training.detokenizer import DetokenizerRecipe, begin_transformer
+from unimm.training.optimizer import OptimizerConfig
+from unimm.training.pool import PoolConfig
+from unimm.training.run_directory import RunConfig
 
 SIZES = {"sample_size": 16, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "codebook_sizes": (32, 8)}
+SIZES |= {"sketch_channels": (16, 8)}
+CODEC = {
+    "image_size": 16,
+    "encoder": {"kind": "conv", "patch": 8, "channels": [16], "blocks": 1},
+    "resampler": {"kind": "grid", "dim": 16, "groups": 2},
+    "quantizer": {"kind": "product", "sizes": [32, 8], "dim": 4},
+}
 
 
 @pytest.fixture(scope="module")
 def pipeline():
     torch.manual_seed(0)
     transformer = CodesToImageTransformer2DModel(**SIZES, code_dim=8, code_grid=2).eval()
-    torch.nn.init.normal_(transformer.patches_out.weight, std=0.1)
+    torch.nn.init.normal_(transformer.patches_out.conv.weight, std=0.1)
     pipeline = CodesToImagePipeline(transformer, FlowMatchEulerDiscreteScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -94,7 +106,14 @@ def test_wrong_inputs_are_refused(pipeline, codes, options, message):
         pipeline(codes, **options)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"patch_size": 5}, "patch_size"), ({"width": 18}, "multiple of 4")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 5}, "patch_size"),
+        ({"width": 18}, "multiple of 4"),
+        ({"sketch_channels": (8,) * 5}, "name fewer"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         CodesToImageTransformer2DModel(**(SIZES | change), code_grid=2)
@@ -102,8 +121,37 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
 
 def test_every_weight_learns():
     transformer = CodesToImageTransformer2DModel(**SIZES, code_dim=8, code_grid=2)
-    torch.nn.init.normal_(transformer.patches_out.weight)
+    torch.nn.init.normal_(transformer.patches_out.conv.weight)
     transformer(torch.randn(1, 3, 16, 16), torch.tensor([500.0]), some_codes(1).ids).sample.sum().backward()
     for name, weight in transformer.named_parameters():
         assert weight.grad is not None, name
         assert weight.grad.isfinite().all(), name
+
+
+def untrained(decoder):
+    torch.manual_seed(0)
+    codec = VisualCodecModel(VisualCodecConfig(**CODEC, decoder=decoder)).eval()
+    sizes = {"patch_size": 4, "width": 16, "depth": 1, "num_heads": 2}
+    recipe = DetokenizerRecipe(
+        "detokenizer", RunConfig("run"), PoolConfig({"shapes": 1.0}), OptimizerConfig(steps=1), codec="", model=sizes
+    )
+    return codec, begin_transformer(recipe, codec)
+
+
+@pytest.mark.parametrize("channels", [[24], [16, 8]])
+@pytest.mark.parametrize("sigma", [1.0, 0.1])
+def test_untrained_it_predicts_the_codecs_own_decoding(channels, sigma):
+    codec, transformer = untrained({"kind": "conv", "patch": 8 // len(channels), "channels": channels, "blocks": 1})
+    codes = codec.encode(torch.rand(3, 3, 16, 16) * 2 - 1)
+    noisy = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        clean = noisy - sigma * transformer(noisy, torch.full((3,), 1000 * sigma), codes.ids).sample
+    torch.testing.assert_close(clean, codec.decode(codes), atol=1e-5, rtol=0)
+
+
+def test_a_sketch_learns_unless_it_is_the_codecs():
+    _, held = untrained({"kind": "conv", "patch": 8, "channels": [24], "blocks": 1})
+    _, learning = untrained({"kind": "vit", "patch": 8, "width": 16, "depth": 1, "num_heads": 2})
+    names = {name for name, weight in held.named_parameters() if not weight.requires_grad}
+    assert {name.split(".")[0] for name in names} == {"code_embeddings", "sketch_in", "sketch"}
+    assert all(weight.requires_grad for weight in learning.parameters())

@@ -123,7 +123,7 @@ def with_detokenizer(tiny_folder, tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"sample_size": 32, "patch_size": 16, "width": 16, "depth": 1, "num_heads": 2, "code_dim": 8}
     transformer = CodesToImageTransformer2DModel(**sizes, codebook_sizes=(64,), code_grid=2)
-    torch.nn.init.normal_(transformer.patches_out.weight, std=0.1)
+    torch.nn.init.normal_(transformer.patches_out.conv.weight, std=0.1)
     CodesToImagePipeline(transformer, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "pipeline")
     return write_repository(tiny_folder, folder / "repository", folder / "pipeline")
 

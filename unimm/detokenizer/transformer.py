@@ -2,8 +2,10 @@
 
 A small diffusion transformer (DiT, 2212.09748) with one modulation shared by all blocks (2310.00426). Inside, it
 predicts the clean picture, from which the velocity follows: pictures lie on far fewer dimensions than noise, so a
-narrow network can carry them (2511.13720). That picture is a convolutional sketch of the codes plus what the
-transformer adds to it.
+narrow network can carry them (2511.13720). That picture is a sketch, drawn from the codes alone by convolutions shaped
+as a codec's decoder, plus what the transformer, which sees the sketch beside the noisy pixels, adds to it (regression
+first, diffusion of what it misses second: 2309.15214). Patches overlap where they are read and are emitted with their
+neighbours in view, or drawings would be torn along their borders.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import nn
 
 from unimm.codec.decoders import ConvDecoder, ConvDecoderConfig
 from unimm.nn.blocks import MLP, SelfAttention
+from unimm.nn.conv import ChannelsToSpace
 from unimm.nn.positions import sincos_2d
 
 MIN_SIGMA = 0.05  # below this noise level the division by it is held, so that velocities stay bounded
@@ -52,7 +55,8 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         codebook_sizes: number of visual codes of each slot of a position.
         code_dim: width of the embeddings of a position's codes together, an equal part for each.
         code_grid: positions per side of the picture.
-        sketch_width: channels of the last stage of the convolutions that sketch the picture from its codes alone.
+        sketch_channels, sketch_blocks: of the `ConvDecoder` that sketches the picture from its codes alone; its last
+            unfold takes what its stages leave of a position's pixels.
         num_train_timesteps: the scheduler's; a timestep divided by it is the noise level sigma in [0, 1].
 
     Raises:
@@ -74,27 +78,31 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         codebook_sizes: tuple[int, ...] = (4096,),
         code_dim: int = 128,
         code_grid: int = 8,
-        sketch_width: int = 64,
+        sketch_channels: tuple[int, ...] = (256, 128),
+        sketch_blocks: int = 1,
         num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
         _check_sizes(sample_size, patch_size, width, num_heads, code_grid)
+        sketch_patch = _sketch_patch(sample_size // code_grid, len(sketch_channels))
         self.rows = sample_size // patch_size
-        self.patches_in = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        margin = patch_size // 2  # a patch is read with half of its neighbours
+        self.patches_in = nn.Conv2d(6, width, patch_size + 2 * margin, stride=patch_size, padding=margin)
         self.code_embeddings = nn.ModuleList(
             nn.Embedding(size, code_dim // len(codebook_sizes)) for size in codebook_sizes
         )
         self.codes_in = nn.Linear(code_dim, width * (self.rows // code_grid) ** 2)
-        cell = sample_size // code_grid
-        self.sketch = ConvDecoder(ConvDecoderConfig(patch=cell // 2, channels=(code_dim, sketch_width), blocks=1))
+        self.sketch_in = nn.Linear(code_dim, sketch_channels[0])
+        self.sketch = ConvDecoder(ConvDecoderConfig(sketch_patch, tuple(sketch_channels), sketch_blocks))
         self.time_features = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIME_CHANNELS, width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(ModulatedBlock(width, num_heads, mlp_ratio) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width)
-        self.patches_out = nn.Linear(width, 3 * patch_size**2)
-        nn.init.zeros_(self.patches_out.weight)
-        nn.init.zeros_(self.patches_out.bias)
+        self.patches_out = ChannelsToSpace(width, 3, patch_size)
+        nn.init.zeros_(self.patches_out.conv.weight)
+        assert self.patches_out.conv.bias is not None
+        nn.init.zeros_(self.patches_out.conv.bias)
 
     def forward(
         self,
@@ -113,13 +121,16 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         """
         time = self.time_embedding(self.time_features(timestep).to(hidden_states.dtype))  # [B, D]
         modulation = self.modulation(nn.functional.silu(time)).unflatten(1, (6, -1))  # [B, 6, D]
-        patches = self.patches_in(hidden_states).flatten(2).transpose(1, 2)  # [B, rows * rows, D]
-        positions = sincos_2d(self.rows, self.rows, patches.shape[-1], patches.device)
         embedded = self.embed_codes(codes, drop_codes)
+        sketch = self.sketch(self._to_grid(self.sketch_in(embedded)))  # [B, 3, H, W]
+        patches = self.patches_in(torch.cat([hidden_states, sketch.to(hidden_states.dtype)], dim=1))
+        patches = patches.flatten(2).transpose(1, 2)  # [B, rows * rows, D]
+        positions = sincos_2d(self.rows, self.rows, patches.shape[-1], patches.device)
         hidden = patches + positions.to(patches.dtype) + self._spread(self.codes_in(embedded))
         for block in self.blocks:
             hidden = block(hidden, modulation)
-        clean = self.sketch(self._to_grid(embedded)) + self._unpatchify(self.patches_out(self.norm_out(hidden)))
+        grid = self.norm_out(hidden).transpose(1, 2).unflatten(2, (self.rows, self.rows))  # [B, D, rows, rows]
+        clean = sketch + self.patches_out(grid)
         sigma = (timestep.float() / self.config.num_train_timesteps).clamp(min=MIN_SIGMA).view(-1, 1, 1, 1)
         velocity = (hidden_states.float() - clean.float()) / sigma
         return Transformer2DModelOutput(sample=velocity.to(hidden_states.dtype))
@@ -141,10 +152,6 @@ class CodesToImageTransformer2DModel(ModelMixin, ConfigMixin):
         factor = self.rows // self.config.code_grid
         return nn.functional.pixel_shuffle(self._to_grid(positions), factor).flatten(2).transpose(1, 2)
 
-    def _unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        grid = patches.transpose(1, 2).unflatten(2, (self.rows, self.rows))  # [B, 3 * patch * patch, rows, rows]
-        return nn.functional.pixel_shuffle(grid, self.config.patch_size)  # [B, 3, H, W]
-
 
 def _check_sizes(sample_size: int, patch_size: int, width: int, num_heads: int, code_grid: int) -> None:
     if sample_size % patch_size or (sample_size // patch_size) % code_grid:
@@ -154,3 +161,14 @@ def _check_sizes(sample_size: int, patch_size: int, width: int, num_heads: int, 
         )
     if width % num_heads or width % 4:
         raise ValueError(f"width is {width}; it must be a multiple of 4 and of num_heads, which is {num_heads}.")
+
+
+def _sketch_patch(cell: int, stages: int) -> int:
+    """Pixels per side of the sketch's last unfold, under `cell` pixels per side of a position."""
+    factor = 2 ** (stages - 1)
+    if cell % factor:
+        raise ValueError(
+            f"A position is {cell} pixels wide, and the {stages} stages of sketch_channels divide it by {factor}; "
+            "name fewer of them."
+        )
+    return cell // factor

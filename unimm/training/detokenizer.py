@@ -14,6 +14,8 @@ from torch import nn
 from tqdm import tqdm
 
 from unimm.codec import VisualCodecModel
+from unimm.codec.decoders import ConvDecoderConfig
+from unimm.codec.resamplers import GridResampler
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
 from unimm.files import atomic_write
@@ -122,19 +124,46 @@ class DetokenizerTask:
 
 
 def begin_transformer(recipe: DetokenizerRecipe, codec: VisualCodecModel) -> CodesToImageTransformer2DModel:
-    """A denoiser of the codec's sizes, whose code embeddings begin as the codec's vectors at unit variance."""
+    """A denoiser of the codec's sizes, whose code embeddings begin as the codec's vectors at unit variance.
+
+    Where the codec draws by convolutions on the grid of its codes, they are the sketch, held fast with the embeddings
+    that it reads: the untrained denoiser then predicts the codec's own decoding. Any other sketch learns from nothing.
+    """
     side = codec.config.image_size
+    parts = _convolutions(codec)
     transformer = CodesToImageTransformer2DModel(
         **recipe.model,
+        **({} if parts is None else {"sketch_channels": parts[1].channels, "sketch_blocks": parts[1].blocks}),
         sample_size=side,
         codebook_sizes=codec.spec_without_fingerprint.sizes,
         code_dim=codec.dim,
         code_grid=side // codec.config.downsample,
     )
+    means, scales = [], []
     for embedding, vectors in zip(transformer.code_embeddings, codec.code_vectors(), strict=True):
         assert isinstance(embedding, nn.Embedding)
-        embedding.weight.data.copy_((vectors - vectors.mean(dim=0)) / vectors.std().clamp_min(1e-6))
+        mean, scale = vectors.mean(dim=0), vectors.std().clamp_min(1e-6)
+        embedding.weight.data.copy_((vectors - mean) / scale)
+        means.append(mean)
+        scales.append(scale.expand_as(mean))
+    if parts is not None:
+        to_grid, _ = parts
+        mean, scale = torch.cat(means), torch.cat(scales)
+        transformer.sketch_in.weight.data.copy_(to_grid.weight * scale)
+        transformer.sketch_in.bias.data.copy_(to_grid.bias + to_grid.weight @ mean)
+        transformer.sketch.load_state_dict(codec.decoder.state_dict())
+        for module in (transformer.code_embeddings, transformer.sketch_in, transformer.sketch):
+            module.requires_grad_(False)
     return transformer
+
+
+def _convolutions(codec: VisualCodecModel) -> tuple[nn.Linear, ConvDecoderConfig] | None:
+    """The linear map from codes to a convolutional decoder, and that decoder's sizes, of a codec that has both."""
+    options = codec.decoder_options
+    if not isinstance(options, ConvDecoderConfig) or not isinstance(codec.resampler, GridResampler):
+        return None
+    to_grid = codec.resampler.to_grid
+    return (to_grid, options) if isinstance(to_grid, nn.Linear) else None
 
 
 def encode_pool(codec: VisualCodecModel, pool: np.ndarray, path: Path) -> torch.Tensor:
