@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from unimm.training.run_directory import RunConfig, RunDirectory
 
 STEPS, SAVED = 6, 3
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+UNIMM = ["-m", "unimm.cli"]
+ACCELERATE = Path("recipes/accelerate")
 IMAGE = {"type": "image", "text": None}
 DRAW, READ = (
     [{"role": "user", "content": [asked]}, {"role": "assistant", "content": [answered]}]
@@ -54,9 +57,9 @@ def run(recipe, name, *overrides):
     return curve(recipe, name)
 
 
-def run_in_two(recipe, name, launcher=TORCHRUN, **environment):
+def run_in_two(recipe, name, launcher=(*TORCHRUN, *UNIMM), **environment):
     """Train in two new processes; the losses by step."""
-    command = [sys.executable, *launcher, "-m", "unimm.cli", "train", str(recipe), f"run.name={name}"]
+    command = [sys.executable, *launcher, "train", str(recipe), f"run.name={name}"]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=1200)
     return curve(recipe, name)
 
@@ -110,16 +113,31 @@ def test_two_processes_have_the_losses_of_one_and_each_resumes_the_other(recipe,
     assert all((weights[0] - other).abs().max() < 1e-3 for other in weights[1:])
 
 
+def check_spread(recipe, name, one, launcher, **environment):
+    """Weights in pieces: the losses of one process, once more after a restart, and its model."""
+    assert run_in_two(recipe, name, launcher, **environment) == pytest.approx(one, rel=1e-3)
+    forget(recipe, name, f"{name}-again")
+    assert run_in_two(recipe, f"{name}-again", launcher, **environment) == pytest.approx(one, rel=1e-3)
+    saved, alone = (
+        UniMMForConditionalGeneration.from_pretrained(directory(recipe, run).model).state_dict()
+        for run in (f"{name}-again", "one")
+    )
+    assert saved.keys() == alone.keys()
+    assert all((saved[key] - alone[key]).abs().max() < 1e-3 for key in alone)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_deepspeed_has_the_losses_of_one_process_and_resumes(recipe, one, stage):
     pytest.importorskip("deepspeed")
-    config = f"recipes/accelerate/deepspeed_{stage}.yaml"
-    arguments = ("--config_file", config, "--num_processes", "2", "--mixed_precision", "no")
-    launcher = ["-m", "accelerate.commands.launch", *arguments]
-    assert run_in_two(recipe, stage, launcher, DS_ACCELERATOR="cpu") == pytest.approx(one, rel=1e-3)
-    forget(recipe, stage, f"{stage}-again")
-    assert run_in_two(recipe, f"{stage}-again", launcher, DS_ACCELERATOR="cpu") == pytest.approx(one, rel=1e-3)
-    saved = UniMMForConditionalGeneration.from_pretrained(directory(recipe, stage).model)
-    alone = UniMMForConditionalGeneration.from_pretrained(directory(recipe, "one").model)
-    assert (saved.lm_head.weight - alone.lm_head.weight).abs().max() < 1e-3
+    arguments = ("--config_file", str(ACCELERATE / f"deepspeed_{stage}.yaml"), "--num_processes", "2")
+    launcher = ["-m", "accelerate.commands.launch", *arguments, "--mixed_precision", "no", *UNIMM]
+    check_spread(recipe, stage, one, launcher, DS_ACCELERATOR="cpu")
+
+
+@pytest.mark.slow
+def test_fsdp_has_the_losses_of_one_process_and_resumes(recipe, one):
+    config = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value) for name, value in config.items()}  # as accelerate's launcher passes it
+    launcher = [*TORCHRUN, str(Path(__file__).with_name("fsdp_on_processors.py"))]
+    check_spread(recipe, "fsdp", one, launcher, ACCELERATE_USE_CPU="1", ACCELERATE_USE_FSDP="true", **environment)

@@ -16,7 +16,7 @@ import torch
 MOST_ROWS = 4  # beyond, matrix units win
 SMALLEST = 2**26  # bytes of a weight in floats; below, the libraries' products are as fast
 HAS_TRITON = find_spec("triton") is not None
-TILES = {1: (4, 1024, 4), 2: (4, 512, 4)}  # bytes of a number: outputs and inputs of a tile, and its warps
+TILES = {1: (8, 512, 4), 2: (4, 512, 4)}  # bytes of a number: outputs and inputs of a tile, and its warps
 
 
 def takes_few_rows(rows: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -304,11 +305,11 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             if rows_to_keep is None:
                 result.logits = self.lm_head(hidden[:, kept])
             else:
-                result.logits = nn.functional.linear(hidden[:, kept], self.lm_head.weight[rows_to_keep])
+                result.logits = nn.functional.linear(hidden[:, kept], self._head_rows()[rows_to_keep])
             return result
         factored = factored_cross_entropy(
             hidden,
-            self.lm_head.weight,
+            self._head_rows(),
             labels,
             self.config.vocabulary,
             image_weight=self.config.image_loss_weight,
@@ -318,10 +319,16 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         result.loss, result.text_loss, result.image_loss = factored.loss, factored.text_loss, factored.image_loss
         return result
 
+    def _head_rows(self) -> torch.Tensor:
+        """The head `[V, D]`, gathered where FSDP spreads it: its hooks wait for calls of the head."""
+        if isinstance(self.lm_head, FSDPModule):
+            self.lm_head.unshard()
+        return self.lm_head.weight
+
     def decoder(self) -> CachedDecoder | None:
         """A fresh decoder for one batch; None for families of bodies that it does not cover, and weights in pieces."""
         devices = {weight.device for weight in self.model.language_model.parameters()}
-        if len(devices) > 1 or not is_covered(self.config.text_config):
+        if len(devices) > 1 or isinstance(self, FSDPModule) or not is_covered(self.config.text_config):
             return None
         return RecordedDecoder(self) if devices.pop().type == "cuda" else CachedDecoder(self)
 
