@@ -56,8 +56,8 @@ On combinations that training never shows; ceilings are ground-truth pictures af
 Apache-2.0. Emoji pictures were rendered from Noto Color Emoji (SIL OFL 1.1); the font is not included.
 """
 DETOKENIZER = """ A rectified-flow detokenizer of {parameters} weights in `detokenizer/` draws the same codes in 4 to 20
-steps, where the codec's own decoder takes one pass: `model.generate(prompt, diffusion_steps=8)`. Its pictures
-are torn where its cells meet, worst in emoji, and worse than those of the codec's decoder."""
+steps: it begins at what the codec's own decoder draws in one pass, and adds detail to it:
+`model.generate(prompt, diffusion_steps=8)`."""
 
 
 def write_card(folder: Path, report_markdown: str, *, num_shapes: int, num_colours: int, num_emoji: int) -> None:
