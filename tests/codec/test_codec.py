@@ -427,7 +427,7 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
         with pytest.raises(ValueError, match="no decoder: a flow draws"):
             codec.decode(codes)
         return
-    if codec.decoder_options.makes_pixels:
+    if codec.config.draws_pixels:
         assert codec.decode(codes).shape == images.shape
     codec.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):

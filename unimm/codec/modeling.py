@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from unimm.codec.cell_flow import ModulatedMLP
-from unimm.codec.configuration import VisualCodecConfig, socket_config
+from unimm.codec.configuration import VisualCodecConfig, described, socket_config
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.flow import Flow
@@ -25,7 +25,8 @@ from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler
 from unimm.codec.selection import SelectResampler, padded
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
-from unimm.codec.tower import TowerEncoder, around_tower
+from unimm.codec.tower import TowerEncoder
+from unimm.codec.vae import Vae, VaeConfig
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock
@@ -41,7 +42,9 @@ class CodecOutput(ModelOutput):
     """What a training step needs.
 
     Args:
-        reconstruction: `[B, 3, H, W]`, about [-1, 1], not clamped; of a codec without pixels, its features.
+        reconstruction: `[B, 3, H, W]`, about [-1, 1], not clamped; of a codec without pixels, its features; of one
+            that draws the latents of another autoencoder, those, which `pixels_of` takes to pixels where that lies
+            around it.
         ids: int64 `[B, N, K]`, zeros on the right of pictures with fewer codes.
         quantizer_loss: scalar.
         features: of a codec that rebuilds features beside pixels.
@@ -65,7 +68,8 @@ class VisualCodecModel(PreTrainedModel):
     """A visual tokenizer: Encoder -> Resampler -> Quantizer -> LengthPolicy -> Decoder.
 
     Pixels are float `[B, 3, H, W]` in `config.pixel_range`, [-1, 1] unless a published codec has another. All weights
-    stay in float32 under a half-precision load, since rounding the encoder flips codes.
+    stay in float32 under a half-precision load, since rounding the encoder flips codes. A codec of latents takes and
+    gives pixels where `config.vae` says of which autoencoder, which is frozen.
     """
 
     config_class = VisualCodecConfig
@@ -74,7 +78,7 @@ class VisualCodecModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _keep_in_fp32_modules_strict = ["encoder", "resampler", "quantizer", "decoder", "absent"]
+    _keep_in_fp32_modules_strict = ["encoder", "resampler", "quantizer", "decoder", "absent", "vae"]
 
     config: VisualCodecConfig
     quantizer: Quantizer
@@ -93,9 +97,32 @@ class VisualCodecModel(PreTrainedModel):
         self.length = config.length_policy
         self.decoder = DECODERS[config.decoder["kind"]][1](decoder)
         self.decoder_options: DecoderOptions = decoder
+        self._reads_latents = encoder.latents > 0
         self.dim = self.quantizer.out_dim(resampler.dim)
         self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
+        self.vae = Vae(VaeConfig(config.vae)) if config.vae is not None else None
         self.post_init()
+
+    @classmethod
+    def begin(cls, **fields: Any) -> VisualCodecModel:
+        """A codec with fresh weights, apart from those of the saved models that its configuration names.
+
+        Args:
+            fields: of the configuration. `encoder.tower` may be the folder or Hub name of a vision model, and `vae`
+                that of an autoencoder of diffusers.
+
+        Raises:
+            ValueError: other kinds of models, or fields that do not fit them.
+        """
+        codec = cls(VisualCodecConfig(**described(fields)))
+        tower, vae = fields.get("encoder", {}).get("tower"), fields.get("vae")
+        if isinstance(tower, str):
+            assert isinstance(codec.encoder, TowerEncoder)
+            codec.encoder.load(tower)
+        if isinstance(vae, str):
+            assert codec.vae is not None
+            codec.vae.load(vae)
+        return codec
 
     @classmethod
     def from_tower(cls, tower: str | Path, **fields: Any) -> VisualCodecModel:
@@ -108,10 +135,7 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: another kind of model, or fields that do not fit it.
         """
-        codec = cls(VisualCodecConfig(**around_tower(tower, fields)))
-        assert isinstance(codec.encoder, TowerEncoder)
-        codec.encoder.load(tower)
-        return codec
+        return cls.begin(**fields | {"encoder": fields.get("encoder", {}) | {"kind": "tower", "tower": str(tower)}})
 
     def encode(
         self,
@@ -125,7 +149,7 @@ class VisualCodecModel(PreTrainedModel):
 
         Args:
             pixel_values: float `[B, 3, H, W]` in `config.pixel_range`, or latents `[B, C, H, W]` where the codec reads
-                those of another autoencoder.
+                those of another autoencoder that does not lie around it.
             num_tokens: the number of positions wanted; by default as many as the codec makes of this size. Of a codec
                 whose latents halt it is that of latents, of which the codes of `side_info["places"]`, int64 `[B, N]`,
                 are kept.
@@ -147,9 +171,9 @@ class VisualCodecModel(PreTrainedModel):
                 quantized, mask = self._quantize_kept(self.resampler, pixel_values, generator)
                 return VisualCodes(quantized.ids, mask)
             if isinstance(self.resampler, HaltingResampler):
-                features = self.encoder(pixel_values.to(self.dtype))
+                features = self.encoder(self._read(pixel_values))
                 return encode_unhalted(self.resampler, self.quantizer, features, arrangement.length, allowed_error)
-            quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
+            quantized = self.quantizer(self._positions(self._read(pixel_values), arrangement.pool))
         ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
             codes = VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
@@ -173,7 +197,7 @@ class VisualCodecModel(PreTrainedModel):
         pixel_values = self._fit(pixel_values)
         self._check_pixels(pixel_values)
         with torch.no_grad():
-            features = self.encoder(pixel_values.to(self.dtype))
+            features = self.encoder(self._read(pixel_values))
             return features.flatten(2).transpose(1, 2), self.resampler.select(features, generator)
 
     def lookup(self, codes: VisualCodes) -> torch.Tensor:
@@ -207,7 +231,7 @@ class VisualCodecModel(PreTrainedModel):
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """Pictures `[B, 3, H, W]`, about `config.pixel_range` and not clamped; of a codec without pixels, its features,
-        or the latents of another autoencoder `[B, C, H, W]`.
+        or the latents of another autoencoder `[B, C, H, W]` that does not lie around it.
 
         Args:
             codes: of `encode`, or ids of the same shape. Where they leave the size of the picture open it is
@@ -228,8 +252,14 @@ class VisualCodecModel(PreTrainedModel):
             if self.length.ragged:
                 return self.decoder(self.resampler.restore(vectors, grid), codes.mask)
             if isinstance(self.decoder, Flow):
-                return self.decoder(self.resampler.restore(vectors, grid), generator)
+                return self.pixels_of(self.decoder(self.resampler.restore(vectors, grid), generator))
             return self._draw(vectors, grid, condition, self._drawn_size(codes))
+
+    def pixels_of(self, drawn: torch.Tensor) -> torch.Tensor:
+        """What the decoder drew, as pixels where it drew the latents of the autoencoder around the codec."""
+        if self.vae is None or not self.decoder_options.latents:
+            return drawn
+        return self.from_shown(self.vae.decode(drawn))
 
     def features(self, codes: VisualCodes) -> torch.Tensor:
         """What the codes mean rather than show: features `[B, M, D]` that the codec rebuilds of a vision tower.
@@ -253,23 +283,32 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: as `decode`, or a codec that decodes to features and needs a detokenizer to draw.
         """
-        if not self.decoder_options.makes_pixels and isinstance(self.decoder, Flow):
-            raise ValueError("This codec draws the latents of another autoencoder; give decode(codes) to its decoder.")
-        if not self.decoder_options.makes_pixels:
+        if not self.config.draws_pixels and self.decoder_options.latents:
+            raise ValueError(
+                "This codec draws the latents of another autoencoder; give decode(codes) to its decoder, or a codec "
+                "with config.vae that autoencoder."
+            )
+        if not self.config.draws_pixels:
             raise ValueError("This codec decodes to features, not to pixels; draw its codes with a detokenizer.")
         return self.to_shown(self.decode(codes, condition=condition)).clamp(-1, 1)
 
     def to_shown(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels of the codec's own range as pixels in [-1, 1]."""
+        if self._shows_as_it_reads:
+            return pixels
         black, white = (pixels.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
         return (pixels - black) * (2 / (white - black)) - 1
 
     def from_shown(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] as pixels of the codec's own range."""
-        if self.config.pixel_mean is None and self.config.pixel_range == (-1.0, 1.0):
+        if self._shows_as_it_reads:
             return pixels
         black, white = (pixels.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
         return (pixels + 1) * ((white - black) / 2) + black
+
+    @property
+    def _shows_as_it_reads(self) -> bool:
+        return self.config.pixel_mean is None and self.config.pixel_range == (-1.0, 1.0)
 
     def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """One trip through the codes: `decode(encode(pixel_values))`."""
@@ -310,13 +349,14 @@ class VisualCodecModel(PreTrainedModel):
                 self.resampler,
                 self.quantizer,
                 self.decoder,
-                self.encoder(pixel_values.to(self.dtype)),
+                self.encoder(self._read(pixel_values)),
                 pixel_values,
                 span=white - black,
                 tokens=arrangement.length,
             )
             return CodecOutput(step.drawn, step.quantized.ids, step.quantized.loss, halting_loss=step.loss)
-        quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
+        read = self._read(pixel_values)
+        quantized = self.quantizer(self._positions(read, arrangement.pool))
         grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
@@ -328,7 +368,9 @@ class VisualCodecModel(PreTrainedModel):
             grid, vectors = self.length.drawn_grid(self.length.max_length), self._filled(vectors, mask)
             ids = ids.masked_fill(~mask[..., None], 0)
         if isinstance(self.decoder, Flow):
-            denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
+            denoised = self.decoder.denoise(
+                self.resampler.restore(vectors, grid), self._wanted(pixel_values, read).to(vectors.dtype)
+            )
             return CodecOutput(
                 denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=quantized.vectors
             )
@@ -357,14 +399,29 @@ class VisualCodecModel(PreTrainedModel):
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _positions(self, pixel_values: torch.Tensor, pool: int = 1) -> torch.Tensor:
-        return self.resampler.sample(self.encoder(pixel_values.to(self.dtype)), pool)
+    def _positions(self, read: torch.Tensor, pool: int = 1) -> torch.Tensor:
+        return self.resampler.sample(self.encoder(read), pool)
+
+    def _read(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the encoder reads of them."""
+        return self._vae_latents(pixel_values) if self._reads_latents else pixel_values.to(self.dtype)
+
+    def _wanted(self, pixel_values: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """What the decoder should draw of pixels of which the encoder has `read`."""
+        if not self.decoder_options.latents:
+            return pixel_values
+        return read if self._reads_latents else self._vae_latents(pixel_values)
+
+    def _vae_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Of the autoencoder around the codec; without one they are what was given."""
+        pixel_values = pixel_values.to(self.dtype)
+        return pixel_values if self.vae is None else self.vae.encode(self.to_shown(pixel_values))
 
     def _quantize_kept(
         self, resampler: SelectResampler, pixel_values: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[Quantized, torch.Tensor]:
         """The kept positions of each picture, padded on the right, and their mask."""
-        features = self.encoder(pixel_values.to(self.dtype))
+        features = self.encoder(self._read(pixel_values))
         keep = resampler.select(features, generator)
         positions = resampler.merge(features, keep)[keep.bool()]
         quantized = self.quantizer(positions[None])  # all pictures in a row, [1, M, D]: no loss on padding

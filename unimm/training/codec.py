@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from accelerate import PartialState
 from torch import nn
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, socket_config
+from unimm.codec.configuration import described
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
-from unimm.codec.tower import around_tower
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.nn.scripted import Lpips
 from unimm.scorers.reconstruction import psnr
@@ -102,7 +102,7 @@ class CodecRecipe:
     """A recipe with `task: codec`.
 
     Args:
-        model: keys of `VisualCodecConfig`; `encoder.tower` may name a saved vision model.
+        model: keys of `VisualCodecConfig`; `encoder.tower` may name a saved vision model, `vae` a saved autoencoder.
         perceptual: a frozen network whose features of the copy should be those of the picture.
         distill: a frozen model whose features the codec's own decoder of features rebuilds.
         align: frozen models whose features a head beside the codec reads from the codes, by a name for the log.
@@ -148,7 +148,7 @@ class CodecTask:
     def __init__(self, recipe: CodecRecipe, pool: Pool) -> None:
         self.recipe = recipe
         self.pool = pool.pictures
-        self.codec = begun_codec(recipe.model).to(memory_format=torch.channels_last)
+        self.codec = VisualCodecModel.begin(**recipe.model).to(memory_format=torch.channels_last)
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
         self.perceptual = perceptual_features(recipe.perceptual)
@@ -162,6 +162,9 @@ class CodecTask:
         self.model: nn.Module = CodecWithHeads(self.codec, self._heads())
         self.judge = PixelCritic(recipe.critic) if recipe.critic.weight else None
         self.critic: Critic | None = self.judge
+        needs_pixels = any(astuple(recipe.loss)) or self.perceptual is not None or self.judge is not None
+        # A VAE takes longer to draw pixels than a flow to learn its latents.
+        self.compares_pixels = self.codec.vae is None or needs_pixels
         self.weights = {
             "perceptual": recipe.perceptual.weight,
             "distill": recipe.distill.weight,
@@ -191,8 +194,10 @@ class CodecTask:
         if self.captions is not None:
             wanted["contrast"] = self.captions[picked].to(pixels.device)
         output, headed = model(self.codec.from_shown(pixels), length, wanted)
-        drawn = self.codec.to_shown(output.reconstruction.float())
-        losses = reconstruction_losses(drawn, pixels, self.recipe.loss)
+        losses, drawn = {"loss": pixels.new_zeros(())}, pixels
+        if self.compares_pixels:
+            drawn = self.codec.to_shown(self.codec.pixels_of(output.reconstruction.float()))
+            losses = reconstruction_losses(drawn, pixels, self.recipe.loss)
         named = {"quantizer": output.quantizer_loss}
         if output.velocity_loss is not None:
             named["velocity"] = output.velocity_loss
@@ -267,20 +272,6 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
             patch_tower(teacher.model)
 
 
-def named_tower(fields: dict[str, Any]) -> str | None:
-    """The folder or Hub name in `encoder.tower`, if it is one."""
-    tower = fields.get("encoder", {}).get("tower")
-    return tower if isinstance(tower, str) else None
-
-
-def begun_codec(fields: dict[str, Any]) -> VisualCodecModel:
-    """A codec with fresh weights; where `encoder.tower` is a folder or Hub name, around that model."""
-    tower = named_tower(fields)
-    if tower is None:
-        return VisualCodecModel(VisualCodecConfig(**fields))
-    return VisualCodecModel.from_tower(tower, **fields)
-
-
 def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
     """Leave one of every group of rows that cannot be told apart: the one that occurs most in uint8 `[M, H, W, 3]`."""
     books = [part for part in codec.quantizer.modules() if isinstance(part, VQ) and part.config.ema_decay is not None]
@@ -321,8 +312,7 @@ def reconstruction_losses(
 def train_codec(recipe: CodecRecipe) -> RunDirectory:
     """Train a codec and save it, with its image processor, under `model/` of the run directory."""
     torch.manual_seed(recipe.run.seed)
-    tower = named_tower(recipe.model)
-    config = VisualCodecConfig(**(recipe.model if tower is None else around_tower(tower, recipe.model)))
+    config = VisualCodecConfig(**described(recipe.model))
     check_objectives(recipe, config)
     pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
