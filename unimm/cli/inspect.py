@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from unimm.codec import VisualCodecConfig, VisualCodecModel, load_preset, preset_names
+from unimm.codec.presets import paper_of
 from unimm.codec.vae import VaeConfig
 from unimm.config import did_you_mean
 from unimm.conversion.presets import load_published, published_names
@@ -33,7 +34,8 @@ def inspect_codec(name: str) -> str:
     if (Path(name) / "config.json").is_file():
         config = VisualCodecConfig.from_pretrained(name)
     elif name in preset_names():
-        config = load_preset(name)
+        config, paper = load_preset(name), paper_of(name)
+        origin = [] if paper is None else [f"paper      {paper}, rebuilt from its description"]
     elif name in published_names():
         published = load_published(name)
         config, upstream = published.config, published.upstream

@@ -15,7 +15,7 @@ from torch import nn
 
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.nn.blocks import TransformerBlock
 
 SPREAD = 0.02  # of freshly drawn tokens and positions
@@ -64,17 +64,11 @@ class TokenTransformer(nn.Module):
         return self.norm_out(hidden)
 
 
-class LatentResampler(Resampler):
-    """Full attention among class token, cells and latents; only the latents go on.
-
-    Raises:
-        ValueError: a decoder that does not read `dim` channels.
-    """
+class LatentResampler(SequenceResampler):
+    """Full attention among class token, cells and latents; only the latents go on."""
 
     def __init__(self, config: LatentResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.scramble = config.scramble
         self.num_cells = config.rows * config.columns
         self.transformer = TokenTransformer(encoder_width, config.depth, config.num_heads, cells=self.num_cells)
@@ -91,10 +85,6 @@ class LatentResampler(Resampler):
             batch, length, width = hidden.shape
             hidden = hidden.reshape(batch, width, length).transpose(1, 2)
         return self.to_positions(hidden)
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from unimm.codec.flow import Flow
 from unimm.codec.halting import HaltingResampler, KeptViTDecoder, encode_unhalted, learn_to_halt, places_of
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import Resampler, SequenceResampler
 from unimm.codec.selection import SelectResampler, padded
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
 from unimm.codec.tower import TowerEncoder
@@ -99,6 +99,11 @@ class VisualCodecModel(PreTrainedModel):
         self.decoder_options: DecoderOptions = decoder
         self._reads_latents = encoder.latents > 0
         self.dim = self.quantizer.out_dim(resampler.dim)
+        if isinstance(self.resampler, SequenceResampler) and decoder.in_width != self.dim:
+            raise ValueError(
+                f"Codes stand for vectors of {self.dim} channels, by resampler.dim, and the decoder reads "
+                f"{decoder.in_width}; make them equal."
+            )
         self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
         self.vae = Vae(VaeConfig(config.vae)) if config.vae is not None else None
         self.post_init()
@@ -215,7 +220,7 @@ class VisualCodecModel(PreTrainedModel):
         """Vectors `[B, N, D]`, of a codec whose decoder sees all positions as `[B, tokens, D]`."""
         if self.absent is None:
             return vectors
-        missing = self.length.max_length - vectors.shape[1]
+        missing = self.length.max_learned - vectors.shape[1]
         vectors, mask = F.pad(vectors, (0, 0, 0, missing)), F.pad(mask, (0, missing))
         return torch.where(mask[..., None], vectors, self.absent)
 
@@ -325,7 +330,8 @@ class VisualCodecModel(PreTrainedModel):
 
         Args:
             pixel_values, condition: as for `encode` and `decode`.
-            num_tokens: as for `encode`, or int64 `[B]`, a number for each picture, where `length.filled` is set.
+            num_tokens: as for `encode`, or int64 `[B]`, a number for each picture, where `length.filled` is set; up to
+                `length.max_learned`.
 
         Raises:
             ValueError: as both, or numbers for each picture of a codec that cannot draw them together.
@@ -337,7 +343,7 @@ class VisualCodecModel(PreTrainedModel):
                 f"num_tokens are {num_tokens.tolist()}; numbers for each picture, of 1 or more, need a codec of "
                 "length.filled: true."
             )
-        arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), most)
+        arrangement: Arrangement = self.length.arrange_learned(self._check_pixels(pixel_values), most)
         self._check_condition(condition, len(pixel_values))
         if isinstance(self.resampler, SelectResampler):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
@@ -360,23 +366,21 @@ class VisualCodecModel(PreTrainedModel):
         grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
-        ids = quantized.ids[:, : arrangement.length]
+        ids, held = quantized.ids[:, : arrangement.length], quantized.vectors[:, : self.length.max_length]
         if self.absent is not None:
             wanted = torch.as_tensor(arrangement.length if num_tokens is None else num_tokens, device=ids.device)
             places = torch.arange(arrangement.length, device=ids.device)
             mask = (places < wanted.view(-1, 1)).expand(ids.shape[:2])
-            grid, vectors = self.length.drawn_grid(self.length.max_length), self._filled(vectors, mask)
+            grid, vectors = self.length.drawn_grid(self.length.max_learned), self._filled(vectors, mask)
             ids = ids.masked_fill(~mask[..., None], 0)
         if isinstance(self.decoder, Flow):
             denoised = self.decoder.denoise(
                 self.resampler.restore(vectors, grid), self._wanted(pixel_values, read).to(vectors.dtype)
             )
-            return CodecOutput(
-                denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=quantized.vectors
-            )
+            return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=held)
         size = (pixel_values.shape[2], pixel_values.shape[3])
         drawn = self._draw(vectors, grid, condition, size)
-        output = CodecOutput(drawn, ids, quantized.loss, vectors=quantized.vectors)
+        output = CodecOutput(drawn, ids, quantized.loss, vectors=held)
         if self.decoder_options.makes_features and self.decoder_options.makes_pixels:
             output.features = self._features(vectors, grid, size)
         return output
@@ -474,7 +478,7 @@ class VisualCodecModel(PreTrainedModel):
             if not self.length.ragged and self.absent is None and not bool(codes.mask.all()):
                 raise ValueError(f"Codes have lengths {codes.lengths.tolist()}; decode one length at a time.")
             self.length.check_length(codes.ids.shape[1])
-            return self.length.drawn_grid(codes.ids.shape[1] if self.absent is None else self.length.max_length)
+            return self.length.drawn_grid(codes.ids.shape[1] if self.absent is None else self.length.max_learned)
         if codes.grid is None or len(set(codes.grid)) != 1:
             raise ValueError(f"Codes have grids {codes.grid}; decode pictures of one (rows, columns) at a time.")
         self.length.check_grid(codes.grid[0])

@@ -27,6 +27,14 @@ class Resampler(nn.Module, ABC):
         """`[B, N, dim]`, laid out as `grid` where positions form one, to the decoder's input."""
 
 
+class SequenceResampler(Resampler):
+    """Positions without a grid; the decoder reads what is looked up as it is."""
+
+    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The vectors themselves, `[B, N, dim]`."""
+        return vectors
+
+
 @dataclass(frozen=True)
 class GridResamplerConfig:
     """One position per grid cell, in raster order.

@@ -251,7 +251,7 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
     """Raise `ValueError` where a codec cannot be trained towards what the recipe names, before anything is loaded."""
     grid = codec.grid(codec.image_size, codec.image_size)
     for length in recipe.lengths.values:
-        codec.length_policy.arrange(grid, length)
+        codec.length_policy.arrange_learned(grid, length)
     if recipe.lengths.by_picture and not codec.length_policy.filled:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
