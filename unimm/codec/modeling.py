@@ -20,6 +20,7 @@ from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.flow import Flow
 from unimm.codec.halting import HaltingResampler, KeptViTDecoder, encode_unhalted, learn_to_halt, places_of
+from unimm.codec.latents import LatentResampler
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler, SequenceResampler
@@ -99,14 +100,24 @@ class VisualCodecModel(PreTrainedModel):
         self.decoder_options: DecoderOptions = decoder
         self._reads_latents = encoder.latents > 0
         self.dim = self.quantizer.out_dim(resampler.dim)
-        if isinstance(self.resampler, SequenceResampler) and decoder.in_width != self.dim:
-            raise ValueError(
-                f"Codes stand for vectors of {self.dim} channels, by resampler.dim, and the decoder reads "
-                f"{decoder.in_width}; make them equal."
-            )
+        self._check_widths(decoder.in_width, decoder.condition_size)
         self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
         self.vae = Vae(VaeConfig(config.vae)) if config.vae is not None else None
         self.post_init()
+
+    def _check_widths(self, in_width: int, drawing: tuple[int, int] | None) -> None:
+        """Check that codes are as wide as what reads them, and that one text serves both sides."""
+        if isinstance(self.resampler, SequenceResampler) and in_width != self.dim:
+            raise ValueError(
+                f"Codes stand for vectors of {self.dim} channels, by resampler.dim, and the decoder reads {in_width}; "
+                "make them equal."
+            )
+        reading = self.resampler.condition_size
+        if reading is not None and drawing is not None and reading != drawing:
+            raise ValueError(
+                f"The resampler reads {reading[0]} text features of {reading[1]} channels, the decoder {drawing[0]} of "
+                f"{drawing[1]}; one text serves both: make them equal."
+            )
 
     @classmethod
     def begin(cls, **fields: Any) -> VisualCodecModel:
@@ -146,6 +157,7 @@ class VisualCodecModel(PreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         *,
+        condition: torch.Tensor | None = None,
         num_tokens: int | None = None,
         allowed_error: float | None = None,
         generator: torch.Generator | None = None,
@@ -155,6 +167,7 @@ class VisualCodecModel(PreTrainedModel):
         Args:
             pixel_values: float `[B, 3, H, W]` in `config.pixel_range`, or latents `[B, C, H, W]` where the codec reads
                 those of another autoencoder that does not lie around it.
+            condition: float `[B, L, D]` text features, for codecs that read under a text.
             num_tokens: the number of positions wanted; by default as many as the codec makes of this size. Of a codec
                 whose latents halt it is that of latents, of which the codes of `side_info["places"]`, int64 `[B, N]`,
                 are kept.
@@ -164,11 +177,12 @@ class VisualCodecModel(PreTrainedModel):
                 the same picture always has the same codes.
 
         Raises:
-            ValueError: wrong shape or range, a size the codec cannot take, a `num_tokens` it cannot make of it, or an
-                `allowed_error` that it cannot be asked for.
+            ValueError: wrong shape or range, a size the codec cannot take, a `num_tokens` it cannot make of it, an
+                `allowed_error` that it cannot be asked for, or a condition that is missing or not wanted.
         """
         pixel_values = self._fit(pixel_values)
         arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
+        self._check_condition(condition, len(pixel_values), self.resampler.condition_size, "encodes")
         if allowed_error is not None and not isinstance(self.resampler, HaltingResampler):
             raise ValueError(f"allowed_error is {allowed_error}; this codec makes as many codes whatever the error.")
         with torch.no_grad():
@@ -178,7 +192,7 @@ class VisualCodecModel(PreTrainedModel):
             if isinstance(self.resampler, HaltingResampler):
                 features = self.encoder(self._read(pixel_values))
                 return encode_unhalted(self.resampler, self.quantizer, features, arrangement.length, allowed_error)
-            quantized = self.quantizer(self._positions(self._read(pixel_values), arrangement.pool))
+            quantized = self.quantizer(self._positions(self._read(pixel_values), arrangement.pool, condition))
         ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
             codes = VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
@@ -249,7 +263,7 @@ class VisualCodecModel(PreTrainedModel):
             ValueError: ids out of range, codes of several sizes, or a condition that is missing or not wanted.
         """
         grid = self._check_codes(codes)
-        self._check_condition(condition, len(codes))
+        self._check_condition(condition, len(codes), self.decoder_options.condition_size, "decodes")
         with torch.no_grad():
             if isinstance(self.decoder, KeptViTDecoder):
                 return self.decoder(self.lookup(codes), codes.mask, places_of(codes, self.length.max_length))
@@ -317,7 +331,8 @@ class VisualCodecModel(PreTrainedModel):
 
     def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """One trip through the codes: `decode(encode(pixel_values))`."""
-        return self.decode(self.encode(pixel_values), condition=condition)
+        reading, drawing = self._conditions(condition)
+        return self.decode(self.encode(pixel_values, condition=reading), condition=drawing)
 
     def forward(
         self,
@@ -344,7 +359,8 @@ class VisualCodecModel(PreTrainedModel):
                 "length.filled: true."
             )
         arrangement: Arrangement = self.length.arrange_learned(self._check_pixels(pixel_values), most)
-        self._check_condition(condition, len(pixel_values))
+        self._check_condition(condition, len(pixel_values), self.condition_size, "learns")
+        reading, drawing = self._conditions(condition)
         if isinstance(self.resampler, SelectResampler):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
             return CodecOutput(self.decoder(kept.vectors, mask), kept.ids, kept.loss)
@@ -362,7 +378,7 @@ class VisualCodecModel(PreTrainedModel):
             )
             return CodecOutput(step.drawn, step.quantized.ids, step.quantized.loss, halting_loss=step.loss)
         read = self._read(pixel_values)
-        quantized = self.quantizer(self._positions(read, arrangement.pool))
+        quantized = self.quantizer(self._positions(read, arrangement.pool, reading))
         grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
@@ -379,7 +395,7 @@ class VisualCodecModel(PreTrainedModel):
             )
             return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=held)
         size = (pixel_values.shape[2], pixel_values.shape[3])
-        drawn = self._draw(vectors, grid, condition, size)
+        drawn = self._draw(vectors, grid, drawing, size)
         output = CodecOutput(drawn, ids, quantized.loss, vectors=held)
         if self.decoder_options.makes_features and self.decoder_options.makes_pixels:
             output.features = self._features(vectors, grid, size)
@@ -403,8 +419,25 @@ class VisualCodecModel(PreTrainedModel):
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _positions(self, read: torch.Tensor, pool: int = 1) -> torch.Tensor:
-        return self.resampler.sample(self.encoder(read), pool)
+    @property
+    def condition_size(self) -> tuple[int, int] | None:
+        """(tokens, width) of the text features that the codec reads or draws under, if it does."""
+        return self.decoder_options.condition_size or self.resampler.condition_size
+
+    def _conditions(self, condition: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """A text for reading, and for drawing."""
+        drawing = self.decoder_options.condition_size
+        return (
+            None if self.resampler.condition_size is None and drawing is not None else condition,
+            None if drawing is None and self.resampler.condition_size is not None else condition,
+        )
+
+    def _positions(self, read: torch.Tensor, pool: int = 1, condition: torch.Tensor | None = None) -> torch.Tensor:
+        features = self.encoder(read)
+        if condition is None:
+            return self.resampler.sample(features, pool)
+        assert isinstance(self.resampler, LatentResampler)
+        return self.resampler.sample(features, pool, condition.to(features.dtype))
 
     def _read(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the encoder reads of them."""
@@ -484,14 +517,15 @@ class VisualCodecModel(PreTrainedModel):
         self.length.check_grid(codes.grid[0])
         return codes.grid[0]
 
-    def _check_condition(self, condition: torch.Tensor | None, batch: int) -> None:
-        size = self.decoder_options.condition_size
+    def _check_condition(
+        self, condition: torch.Tensor | None, batch: int, size: tuple[int, int] | None, does: str
+    ) -> None:
         if size is None and condition is not None:
             raise ValueError(f"This codec takes no condition, and one of {tuple(condition.shape)} was given.")
         if size is not None and (condition is None or condition.shape != (batch, *size)):
             seen = "missing" if condition is None else str(tuple(condition.shape))
             raise ValueError(
-                f"This codec decodes under a text, and its features are {seen}; "
+                f"This codec {does} under a text, and its features are {seen}; "
                 f"give condition=, floats {(batch, *size)}."
             )
 

@@ -16,7 +16,12 @@ from unimm.nn.geglu import AttentionProjection
 
 
 class Resampler(nn.Module, ABC):
-    """Around the quantizer: what becomes a position, and what the decoder is given."""
+    """Around the quantizer: what becomes a position, and what the decoder is given.
+
+    `condition_size` is (tokens, width) of the text features that reading needs, None where it needs none.
+    """
+
+    condition_size: tuple[int, int] | None = None
 
     @abstractmethod
     def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:

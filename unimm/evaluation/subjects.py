@@ -67,8 +67,8 @@ class CodecSubject:
     def __init__(self, codec: VisualCodecModel, name: str) -> None:
         if not codec.config.reads_pixels or not codec.config.draws_pixels:
             raise ValueError(f"{name} does not both read and draw pixels, so that its copies cannot be compared.")
-        if codec.decoder_options.condition_size is not None:
-            raise ValueError(f"{name} draws under a text, which these pictures do not have.")
+        if codec.condition_size is not None:
+            raise ValueError(f"{name} reads or draws under a text, which these pictures do not have.")
         self.codec, self.name = codec.eval(), name
         self.side = codec.config.image_size
         spec = codec.spec_without_fingerprint

@@ -71,10 +71,10 @@ def decoder_renames() -> tuple[Rename, ...]:
     """Everything up to the head."""
     return (
         *transformer_renames("decoder", "decoder.transformer"),
-        *under("decoder", "decoder", {"decoder_embed": "embed", "text_guidance_proj": "embed_condition"}),
+        *under("decoder", "decoder", {"decoder_embed": "embed", "text_guidance_proj": "text.embed"}),
         Rename(r"decoder\.mask_token", "decoder.mask_token"),
         Rename(r"decoder\.latent_token_positional_embedding", "decoder.code_positions"),
-        Rename(r"decoder\.text_guidance_positional_embedding", "decoder.condition_positions"),
+        Rename(r"decoder\.text_guidance_positional_embedding", "decoder.text.positions"),
     )
 
 
