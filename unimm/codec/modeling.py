@@ -54,6 +54,8 @@ class CodecOutput(ModelOutput):
         vectors: float32 `[B, N, D]`, what all codes of a picture stand for, with those that `num_tokens` leaves out;
             None where pictures of one size differ in their number.
         halting_loss: scalar, of a codec whose latents halt: whether those halted that the copy did without.
+        cells: `[B, D, rows, columns]`, the encoder's features; None where pictures of one size differ in their number
+            of codes.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -63,6 +65,7 @@ class CodecOutput(ModelOutput):
     velocity_loss: torch.Tensor | None = None
     vectors: torch.Tensor | None = None
     halting_loss: torch.Tensor | None = None
+    cells: torch.Tensor | None = None
 
 
 class VisualCodecModel(PreTrainedModel):
@@ -192,7 +195,8 @@ class VisualCodecModel(PreTrainedModel):
             if isinstance(self.resampler, HaltingResampler):
                 features = self.encoder(self._read(pixel_values))
                 return encode_unhalted(self.resampler, self.quantizer, features, arrangement.length, allowed_error)
-            quantized = self.quantizer(self._positions(self._read(pixel_values), arrangement.pool, condition))
+            cells = self.encoder(self._read(pixel_values))
+            quantized = self.quantizer(self._positions(cells, arrangement.pool, condition))
         ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
             codes = VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
@@ -378,7 +382,8 @@ class VisualCodecModel(PreTrainedModel):
             )
             return CodecOutput(step.drawn, step.quantized.ids, step.quantized.loss, halting_loss=step.loss)
         read = self._read(pixel_values)
-        quantized = self.quantizer(self._positions(read, arrangement.pool, reading))
+        cells = self.encoder(read)
+        quantized = self.quantizer(self._positions(cells, arrangement.pool, reading))
         grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
@@ -393,10 +398,12 @@ class VisualCodecModel(PreTrainedModel):
             denoised = self.decoder.denoise(
                 self.resampler.restore(vectors, grid), self._wanted(pixel_values, read).to(vectors.dtype)
             )
-            return CodecOutput(denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=held)
+            return CodecOutput(
+                denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=held, cells=cells
+            )
         size = (pixel_values.shape[2], pixel_values.shape[3])
         drawn = self._draw(vectors, grid, drawing, size)
-        output = CodecOutput(drawn, ids, quantized.loss, vectors=held)
+        output = CodecOutput(drawn, ids, quantized.loss, vectors=held, cells=cells)
         if self.decoder_options.makes_features and self.decoder_options.makes_pixels:
             output.features = self._features(vectors, grid, size)
         return output
@@ -432,12 +439,11 @@ class VisualCodecModel(PreTrainedModel):
             None if drawing is None and self.resampler.condition_size is not None else condition,
         )
 
-    def _positions(self, read: torch.Tensor, pool: int = 1, condition: torch.Tensor | None = None) -> torch.Tensor:
-        features = self.encoder(read)
+    def _positions(self, cells: torch.Tensor, pool: int = 1, condition: torch.Tensor | None = None) -> torch.Tensor:
         if condition is None:
-            return self.resampler.sample(features, pool)
+            return self.resampler.sample(cells, pool)
         assert isinstance(self.resampler, LatentResampler)
-        return self.resampler.sample(features, pool, condition.to(features.dtype))
+        return self.resampler.sample(cells, pool, condition.to(cells.dtype))
 
     def _read(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the encoder reads of them."""

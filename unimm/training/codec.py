@@ -13,12 +13,12 @@ from accelerate import PartialState
 from torch import nn
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, socket_config
-from unimm.codec.configuration import described
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.nn.scripted import Lpips
 from unimm.scorers.reconstruction import psnr
+from unimm.training.continuing import Pivot, check_held, continued, continued_fields, hold
 from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead, text_tower
 from unimm.training.heads import (
     AlignmentConfig,
@@ -110,6 +110,9 @@ class CodecRecipe:
         contrast: a frozen model of texts, whose embedding of a caption should be nearest to the codes of its picture.
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes that pictures are drawn from.
+        begin: a saved codec that training goes on from, by folder or Hub name; `model` then says what is otherwise.
+        held: sockets that stay as they begin.
+        pivot: weight of the mean squared distance of an encoder that learns from what it begins as.
         bf16: whether to compute in it; None where the processor is fast in it.
         ema_decay: of a moving average of the weights, which is what is judged and saved; None for none.
 
@@ -131,6 +134,9 @@ class CodecRecipe:
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
+    begin: str = ""
+    held: tuple[str, ...] = ()
+    pivot: float = 0.0
     bf16: bool | None = None
     ema_decay: float | None = None
 
@@ -148,7 +154,9 @@ class CodecTask:
     def __init__(self, recipe: CodecRecipe, pool: Pool) -> None:
         self.recipe = recipe
         self.pool = pool.pictures
-        self.codec = VisualCodecModel.begin(**recipe.model).to(memory_format=torch.channels_last)
+        self.codec = continued(recipe.begin, recipe.model).to(memory_format=torch.channels_last)
+        hold(self.codec, recipe.held)
+        self.pivot = Pivot(self.codec) if recipe.pivot else None
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
         self.perceptual = perceptual_features(recipe.perceptual)
@@ -170,6 +178,7 @@ class CodecTask:
             "distill": recipe.distill.weight,
             "disentangle": recipe.disentangle,
             "contrast": recipe.contrast.weight,
+            "pivot": recipe.pivot,
             **{f"align_{name}": config.weight for name, config in recipe.align.items()},
         }
 
@@ -193,7 +202,8 @@ class CodecTask:
         wanted = {name: features(pixels) for name, features in self.teachers.items()}
         if self.captions is not None:
             wanted["contrast"] = self.captions[picked].to(pixels.device)
-        output, headed = model(self.codec.from_shown(pixels), length, wanted)
+        given = self.codec.from_shown(pixels)
+        output, headed = model(given, length, wanted)
         losses, drawn = {"loss": pixels.new_zeros(())}, pixels
         if self.compares_pixels:
             drawn = self.codec.to_shown(self.codec.pixels_of(output.reconstruction.float()))
@@ -209,6 +219,8 @@ class CodecTask:
             named["distill"] = distillation_loss(self.distill, output.features, pixels)
         if self.recipe.disentangle:
             named["disentangle"] = disentangling_loss(output.vectors, len(self.codec.quantizer.sizes))
+        if self.pivot is not None:
+            named["pivot"] = self.pivot.loss(output.cells, given)
         named |= headed
         total = losses["loss"]
         for name, loss in named.items():
@@ -225,7 +237,7 @@ class CodecTask:
             codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)))
             figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
             used.append(codes.ids[codes.mask])
-        self.codec.train()
+        hold(self.codec, self.recipe.held)
         spec = self.codec.spec_without_fingerprint
         if spec.sizes:
             figures["codes_used_in_validation"] = spec.share_used(torch.cat(used))
@@ -238,11 +250,13 @@ class CodecTask:
         shown = torch.cat([pixels[: SHEET_SIZE // len(self.held_out) + 1] for pixels in self.held_out.values()])
         codes = self.codec.encode(self.codec.from_shown(shown.to(self.codec.device)))
         rows = [shown, self.codec.pictures(codes).cpu()]
-        self.codec.train()
+        hold(self.codec, self.recipe.held)
         contact_sheet([p for row in rows for p in to_pictures(row)], path, columns=len(shown))
 
     def save(self, path: Path) -> None:
-        retire_duplicates(self.codec.eval(), self.pool[:COUNTED])
+        self.codec.eval()
+        if "quantizer" not in self.recipe.held:
+            retire_duplicates(self.codec, self.pool[:COUNTED])
         self.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
         VisualCodecImageProcessor.for_codec(self.codec.config).save_pretrained(path)
 
@@ -254,6 +268,7 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
         codec.length_policy.arrange_learned(grid, length)
     if recipe.lengths.by_picture and not codec.length_policy.filled:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
+    check_held(recipe.held, recipe.pivot, codec)
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
         raise ValueError("distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'.")
     for name, config in recipe.align.items():
@@ -312,7 +327,7 @@ def reconstruction_losses(
 def train_codec(recipe: CodecRecipe) -> RunDirectory:
     """Train a codec and save it, with its image processor, under `model/` of the run directory."""
     torch.manual_seed(recipe.run.seed)
-    config = VisualCodecConfig(**described(recipe.model))
+    config = VisualCodecConfig(**continued_fields(recipe.begin, recipe.model))
     check_objectives(recipe, config)
     pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
