@@ -201,7 +201,7 @@ class SequenceLength(LengthPolicy):
         return 1 if self.prefixes else self.tokens
 
     def arrange_learned(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
-        if num_tokens is None or num_tokens <= self.tokens:
+        if not self.padding or num_tokens is None or num_tokens <= self.tokens:
             return self.arrange(grid, num_tokens)
         if num_tokens > self.max_learned:
             raise ValueError(

@@ -46,6 +46,7 @@ from unimm.training.objectives import (
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet, plot_usage
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
+from unimm.training.relations import Relation, RelationConfig, check_relation
 from unimm.training.run_directory import RunConfig, RunDirectory
 
 SHEET_SIZE = 16
@@ -110,6 +111,7 @@ class CodecRecipe:
         contrast: a frozen model of texts, whose embedding of a caption should be nearest to the codes of its picture.
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes that pictures are drawn from.
+        relation: a frozen model whose features say how the rows of the codebooks should lie to each other.
         begin: a saved codec that training goes on from, by folder or Hub name; `model` then says what is otherwise.
         held: sockets that stay as they begin.
         pivot: weight of the mean squared distance of an encoder that learns from what it begins as.
@@ -134,6 +136,7 @@ class CodecRecipe:
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
+    relation: RelationConfig = field(default_factory=RelationConfig)
     begin: str = ""
     held: tuple[str, ...] = ()
     pivot: float = 0.0
@@ -157,6 +160,7 @@ class CodecTask:
         self.codec = continued(recipe.begin, recipe.model).to(memory_format=torch.channels_last)
         hold(self.codec, recipe.held)
         self.pivot = Pivot(self.codec) if recipe.pivot else None
+        self.relation = Relation(recipe.relation, self.pool, recipe.run.seed) if recipe.relation.model else None
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
         self.perceptual = perceptual_features(recipe.perceptual)
@@ -179,6 +183,7 @@ class CodecTask:
             "disentangle": recipe.disentangle,
             "contrast": recipe.contrast.weight,
             "pivot": recipe.pivot,
+            "relation": recipe.relation.weight,
             **{f"align_{name}": config.weight for name, config in recipe.align.items()},
         }
 
@@ -221,6 +226,8 @@ class CodecTask:
             named["disentangle"] = disentangling_loss(output.vectors, len(self.codec.quantizer.sizes))
         if self.pivot is not None:
             named["pivot"] = self.pivot.loss(output.cells, given)
+        if self.relation is not None:
+            named["relation"] = self.relation.loss(self.codec)
         named |= headed
         total = losses["loss"]
         for name, loss in named.items():
@@ -269,6 +276,8 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
     if recipe.lengths.by_picture and not codec.length_policy.filled:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
     check_held(recipe.held, recipe.pivot, codec)
+    if recipe.relation.model:
+        check_relation(recipe.relation, codec)
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
         raise ValueError("distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'.")
     for name, config in recipe.align.items():
@@ -282,7 +291,7 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
         vision_tower(recipe.perceptual.model)
     if recipe.perceptual.lpips:
         Lpips(recipe.perceptual.lpips)
-    for teacher in (recipe.distill, *recipe.align.values()):
+    for teacher in (recipe.distill, recipe.relation, *recipe.align.values()):
         if teacher.model:
             patch_tower(teacher.model)
 
