@@ -264,7 +264,7 @@ def shared(values: torch.Tensor) -> torch.Tensor:
 def lloyd(
     vectors: torch.Tensor, rows: torch.Tensor, steps: int, normalized: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Rows `[S, D]` moved, so many times, to the means of the vectors `[M, D]` of all processes that are nearest to each.
+    """Rows `[S, D]` moved so many times to the means of the vectors `[M, D]`, of all processes, nearest to each.
 
     Args:
         normalized: what is done to the means.
