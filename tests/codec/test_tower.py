@@ -22,7 +22,6 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 from unimm import VisualCodecConfig, VisualCodecModel
 from unimm.codec.tower import TowerEncoder, TowerEncoderConfig
-from unimm.training.codec import begun_codec
 
 SIDE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 TOWERS = [
@@ -150,13 +149,13 @@ def test_a_codec_begins_with_a_saved_tower_and_keeps_or_trains_it(clip, tmp_path
 
 
 def test_a_recipe_names_a_tower(clip):
-    codec = begun_codec({"encoder": {"kind": "tower", "tower": str(clip), "layers": [1]}, **SOCKETS})
+    codec = VisualCodecModel.begin(**{"encoder": {"kind": "tower", "tower": str(clip), "layers": [1]}, **SOCKETS})
     assert codec.encoder.config.layers == (1,)
     assert codec.config.image_size == 32
     assert str(clip) not in codec.config.to_json_string()
     with pytest.raises(ValueError, match="unknown key 'layr'"):
-        begun_codec({"encoder": {"kind": "tower", "tower": str(clip), "layr": 1}, **SOCKETS})
-    own = begun_codec({"encoder": {"kind": "tower", "tower": str(clip)}, "image_size": 32, **SOCKETS})
+        VisualCodecModel.begin(**{"encoder": {"kind": "tower", "tower": str(clip), "layr": 1}, **SOCKETS})
+    own = VisualCodecModel.begin(**{"encoder": {"kind": "tower", "tower": str(clip)}, "image_size": 32, **SOCKETS})
     assert own.encoder.config.layers == (0,)
 
 

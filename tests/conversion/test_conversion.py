@@ -786,3 +786,35 @@ def test_xomni_takes_long_pictures_whatever_the_side_of_its_table(pixels):
 def test_an_ibq_that_is_built_otherwise_is_refused(name):
     with pytest.raises(ValueError, match="only models with False"):
         UPSTREAMS["ibq"].plan(changed("ibq", **{f"args__{name}": True}))
+
+
+@torch.no_grad()
+def test_continuous_latents_of_titok_are_the_first_half_of_its_channels(converted, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(stored("titok_single_stage"), source)
+    fields = json.loads((source / "config.json").read_text())
+    fields["args"]["model"]["vq_model"]["quantize_mode"] = "vae"
+    (source / "config.json").write_text(json.dumps(fields))
+
+    def change(weights):
+        del weights["quantize.embedding.weight"]
+        for leaf in ("weight", "bias"):
+            mean = weights[f"encoder.conv_out.{leaf}"]
+            weights[f"encoder.conv_out.{leaf}"] = torch.cat([mean, torch.randn_like(mean)])
+
+    spoil(source, change)
+    report = convert("titok_single_stage", source, tmp_path / "continuous")
+    assert "12 continuous channels" in report.codes
+    codec, discrete = (
+        AutoModel.from_pretrained(path).eval() for path in (report.target, converted("titok_single_stage"))
+    )
+    pixels = reference("titok_single_stage")["pixel_values"]
+    codes = codec.encode(pixels)
+    means = discrete.resampler.sample(discrete.encoder(pixels))
+    torch.testing.assert_close(codes.side_info["latents"], means, atol=1e-5, rtol=0)
+    torch.testing.assert_close(codec.decode(codes), discrete.decoder(means), atol=1e-4, rtol=0)
+    for change, said in (({"finetune_decoder": True}, "no second stage"), ({"quantize_mode": "fsq"}, "'vq' or 'vae'")):
+        fields["args"]["model"]["vq_model"] |= change
+        (source / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=said):
+            convert("titok_single_stage", source, tmp_path / "other")

@@ -1,14 +1,18 @@
 """Published tokenizers at their released sizes without weights, and each system at a tiny size with random ones."""
 
 import json
+from functools import reduce
+from operator import getitem
 
 import pytest
 import torch
 from conftest import GOLDEN
 
-from unimm import VisualCodecModel, VisualCodes
+from unimm import VisualCodecConfig, VisualCodecModel, VisualCodes
 from unimm.cli.main import main
-from unimm.codec import preset_names
+from unimm.codec import load_preset, preset_names
+from unimm.codec.configuration import SOCKETS
+from unimm.codec.presets import paper_of
 from unimm.conversion import UPSTREAMS
 from unimm.conversion.presets import load_published, published_names
 from unimm.conversion.upstream import UpstreamConfig
@@ -25,6 +29,31 @@ POSITIONS = {  # of a picture at the released size, and their codebooks, as the 
     "titok_l32": (32, (4096,)),
     "tokenflow_384": (2227, (32768,)),
     "unitok": (256, (4096,) * 8),
+}
+# Systems in a second form: what of their fixtures' arguments is otherwise.
+VAE = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 4,
+}
+VARIANTS = {
+    "titok_single_stage, continuous": ("titok_single_stage", {"model.vq_model.quantize_mode": "vae"}),
+    "ta_titok, continuous": ("ta_titok", {"model.vq_model.quantize_mode": "vae"}),
+    "flextok with its VAE": ("flextok", {"vae": VAE}),
+}
+# Our own presets of papers at a tiny size.
+SMALL_PYRAMID = {"channels": [32, 32], "blocks": 1, "code_channels": 16}
+PAPERS = {
+    "retok": {
+        "image_size": 16,
+        "encoder": {**SMALL_PYRAMID, "stem_channels": 32},
+        "resampler": {"tokens": 4, "padding": 3, "rows": 8, "columns": 8, "width": 16, "depth": 1, "num_heads": 2},
+        "quantizer": {"size": 32},
+        "length": {"tokens": 4, "padding": 3, "rows": 8, "columns": 8},
+        "decoder": {"tokens": 7, "rows": 8, "columns": 8, "width": 16, "depth": 3, "num_heads": 2, "feature_width": 12}
+        | {"pixels": SMALL_PYRAMID | {"upsampling": "shuffle", "adaptive": True}},
+    },
 }
 WHOLE_SYSTEMS = {"xomni_lm", "xomni", "seed_llama_8b", "seed_llama_14b", "lavit", "tar"}  # no codecs
 # Systems without a preset: a size that no fact states, or no released weights.
@@ -99,6 +128,7 @@ SMALL = {
     },
 }
 CODECS = [system for system in UPSTREAMS if system not in WHOLE_SYSTEMS]
+TINY = [*CODECS, *VARIANTS, *PAPERS]
 
 
 @pytest.mark.parametrize("name", published_names())
@@ -114,6 +144,13 @@ def test_every_published_size_is_built_and_weighs_what_upstream_says(name):
         assert millions == pytest.approx(published.parameters, rel=TOLERANCE)
     if name in POSITIONS:
         assert (codec.spec_without_fingerprint.max_length, codec.quantizer.sizes) == POSITIONS[name]
+
+
+def test_every_preset_of_a_paper_is_built_and_inspected_and_has_a_tiny_form(capsys):
+    assert {name for name in preset_names() if paper_of(name)} == {*PAPERS}
+    for name in PAPERS:
+        assert main(["inspect", "codec", name]) == 0
+        assert f"paper      {paper_of(name)}" in capsys.readouterr().out
 
 
 def test_every_codec_of_the_registry_has_a_preset_unless_said_why_not():
@@ -135,15 +172,27 @@ def test_inspection_names_licences_and_near_presets(capsys):
     assert "Did you mean gigatok_" in capsys.readouterr().err
 
 
+def tiny_config(name):
+    if name in PAPERS:
+        own = load_preset(name)
+        changes = {key: getattr(own, key) | new if isinstance(new, dict) else new for key, new in PAPERS[name].items()}
+        return VisualCodecConfig(**{socket: getattr(own, socket) for socket in SOCKETS} | changes)
+    system, changes = VARIANTS.get(name, (name, {}))
+    folder = GOLDEN / STAND_IN.get(system, system)
+    fields = SMALL[system] if system in SMALL else json.loads((folder / "config.json").read_text())
+    for path, value in changes.items():
+        *parents, leaf = path.split(".")
+        reduce(getitem, parents, fields["args"])[leaf] = value
+    return UPSTREAMS[system].plan(UpstreamConfig(fields)).config
+
+
 @pytest.fixture
 def tiny():
-    """A random model of a system: system -> codec. No weight is zero, so that every path carries a gradient."""
+    """A random model by its name. No weight is zero, so that every path carries a gradient."""
 
-    def build(system):
-        folder = GOLDEN / STAND_IN.get(system, system)
-        fields = SMALL[system] if system in SMALL else json.loads((folder / "config.json").read_text())
+    def build(name):
         torch.manual_seed(0)
-        codec = VisualCodecModel(UPSTREAMS[system].plan(UpstreamConfig(fields)).config).eval()
+        codec = VisualCodecModel(tiny_config(name)).eval()
         for weight in codec.parameters():
             if not weight.abs().sum():
                 torch.nn.init.normal_(weight.data, std=0.02)
@@ -189,7 +238,7 @@ def allowed(policy, length):
     return True
 
 
-@pytest.mark.parametrize("system", CODECS)
+@pytest.mark.parametrize("system", TINY)
 def test_every_system_encodes_decodes_and_reloads_at_every_length(system, tiny, tmp_path):
     codec = tiny(system)
     given, condition = inputs(codec), text(codec)
@@ -212,7 +261,7 @@ def test_every_system_encodes_decodes_and_reloads_at_every_length(system, tiny, 
             assert codec.decode(bare, condition=condition).isfinite().all()
 
 
-@pytest.mark.parametrize("system", CODECS)
+@pytest.mark.parametrize("system", TINY)
 def test_every_trainable_weight_of_every_system_learns(system, tiny):
     codec = tiny(system).train()
     output = codec(inputs(codec), condition=text(codec))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from scripted_networks import TinyVgg, save_scripted
@@ -108,6 +109,24 @@ def test_a_recipe_around_a_named_tower_runs_to_its_end(tower, tmp_path):
     codec = VisualCodecModel.from_pretrained(train(FOLDER / "grid_vq.yaml", changes).model)
     assert codec.config.encoder["tower"]["model_type"] == "vit"
     assert codec.encode(codec.from_shown(torch.zeros(1, 3, 32, 32))).grid == [(4, 4)]
+
+
+@pytest.mark.parametrize("squared", [0.0, 1.0])
+def test_a_recipe_within_a_named_vae_learns_its_latents_or_pixels_through_it(squared, tmp_path):
+    torch.manual_seed(0)
+    stages = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, **stages)
+    vae.save_pretrained(tmp_path / "vae")
+    changes = [*SMALL, f"model.vae={tmp_path / 'vae'}", "model.image_size=32", f"run.directory={tmp_path}"]
+    changes += ["model.encoder.latent_channels=4", "model.encoder.patch=2", "model.decoder.latent_channels=4"]
+    changes += ["model.decoder.rows=8", "model.decoder.columns=8", "model.decoder.patch=2", f"loss.squared={squared}"]
+    run = train(FOLDER / "flextok_flow.yaml", changes)
+    codec = VisualCodecModel.from_pretrained(run.model)
+    assert str(tmp_path) not in codec.config.to_json_string()
+    assert all(weight.equal(vae.state_dict()[name]) for name, weight in codec.vae.autoencoder.state_dict().items())
+    codes = codec.encode(torch.zeros(1, 3, 32, 32))
+    assert codec.pictures(codes).shape == (1, 3, 32, 32)
+    assert ["squared" in record for record in run.metrics() if "loss" in record] == [squared > 0] * 2
 
 
 def pixels(seed=0):

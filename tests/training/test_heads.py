@@ -23,7 +23,7 @@ from unimm.codec import VisualCodecConfig, VisualCodecModel
 from unimm.config import from_dict, to_dict
 from unimm.training.codec import CodecRecipe, CodecTask, check_objectives, train_codec
 from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead, TextTower
-from unimm.training.heads import AlignmentConfig, AlignmentHead, count_vectors, disentangling_loss
+from unimm.training.heads import AlignmentConfig, AlignmentHead, count_vectors, disentangling_loss, noised
 from unimm.training.objectives import CellFeatures, FeatureConfig, FrozenFeatures
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
 from unimm.training.run_directory import RunConfig, RunDirectory
@@ -103,6 +103,25 @@ def test_a_branch_learns_from_its_own_teacher_alone(tower, slot):
     codec.zero_grad()
     disentangling_loss(codec(pixels()).vectors, 2).backward()
     assert all(branch.out.weight.grad.any() for branch in codec.encoder.branches)
+
+
+def test_noise_hides_more_of_wider_vectors_and_a_reader_still_teaches(tower):
+    torch.manual_seed(0)
+    ones = torch.ones(2000, 4, 4)
+    shares = {}
+    for width in (4, 4096):  # shifts of 1/16 and of 2
+        vectors = ones[..., :1].expand(-1, -1, width)
+        shares[width] = 1 - noised(vectors[: 200 if width > 4 else 2000]).mean(dim=(1, 2))  # of noise, about
+    times = torch.rand(100_000)
+    for width, kept in shares.items():
+        shift = (4 * width / 4096) ** 0.5
+        wanted = (shift * times / (1 + (shift - 1) * times)).mean()
+        assert kept.mean().item() == pytest.approx(wanted.item(), abs=0.05)
+    codec, head, wanted = head_of(GRID, tower, noised=True)
+    vectors = codec(pixels()).vectors
+    assert head(vectors, wanted) != head(vectors, wanted)  # noise is drawn anew
+    head(vectors, wanted).backward()
+    assert codec.encoder.layers[0].conv.weight.grad.any()
 
 
 def test_branches_are_apart_where_they_are_orthogonal():
@@ -235,8 +254,9 @@ def recipe_of(folder, name, model, **objectives):
         (BRANCHES, {"one": {"slot": 0}, "other": {"slot": 1, "layers": [1]}}, {"disentangle": 0.5}),
         (GRID, {"all": {}}, {"contrast": {"model": "clip"}}),
         (SEQUENCE, {"first": {"prefixes": {1: 1.0, 4: 0.5}}}, {"lengths": {"values": [2, 8]}}),
+        (GRID | {"quantizer": {"kind": "gaussian"}}, {"noisy": {"noised": True}}, {}),
     ],
-    ids=["branches", "grid", "sequence"],
+    ids=["branches", "grid", "sequence", "noised"],
 )
 def test_what_is_taught_is_learned(tower, clip, tmp_path, model, align, others):
     """Each objective falls on four pictures."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from unimm.codec import VisualCodecConfig, VisualCodecModel, load_preset, preset_names
+from unimm.codec.presets import paper_of
+from unimm.codec.vae import VaeConfig
 from unimm.config import did_you_mean
 from unimm.conversion.presets import load_published, published_names
 
@@ -32,7 +34,8 @@ def inspect_codec(name: str) -> str:
     if (Path(name) / "config.json").is_file():
         config = VisualCodecConfig.from_pretrained(name)
     elif name in preset_names():
-        config = load_preset(name)
+        config, paper = load_preset(name), paper_of(name)
+        origin = [] if paper is None else [f"paper      {paper}, rebuilt from its description"]
     elif name in published_names():
         published = load_published(name)
         config, upstream = published.config, published.upstream
@@ -55,6 +58,9 @@ def _describe(config: VisualCodecConfig) -> list[str]:
         kind = options.pop("kind")
         shown = ", ".join(f"{key} {value}" for key, value in options.items())
         lines.append(f"{socket:<10} {kind}" + (f" ({shown})" if shown else ""))
+    if config.vae is not None:
+        vae = VaeConfig(config.vae)
+        lines.append(f"vae        {vae.channels} channels, {vae.factor} pixels a side each")
     own = codec.length.arrange(config.grid(config.image_size, config.image_size), None).length
     sizes = " x ".join(map(str, spec.sizes))
     if len(spec.sizes) > 2 and len(set(spec.sizes)) == 1:

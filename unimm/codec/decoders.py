@@ -17,8 +17,13 @@ class DecoderOptions:
 
     @property
     def makes_pixels(self) -> bool:
-        """Whether the output is a picture; else it is features, for something else to draw from."""
+        """Whether the output is a picture; else it is features or latents, for something else to draw from."""
         return True
+
+    @property
+    def latents(self) -> int:
+        """Channels of the latents of another autoencoder that are drawn in place of pixels; 0 for none."""
+        return 0
 
     @property
     def makes_features(self) -> bool:

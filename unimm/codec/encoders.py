@@ -21,14 +21,14 @@ class EncoderOptions:
     """What the codec asks of any encoder's config besides `width` and `downsample`."""
 
     @property
-    def reads_pixels(self) -> bool:
-        """Whether the input is a picture; else it is the latents of another autoencoder, which have no range."""
-        return True
+    def latents(self) -> int:
+        """Channels of the latents of another autoencoder that are read in place of pixels; 0 for pixels."""
+        return 0
 
     @property
     def in_channels(self) -> int:
         """Channels of the input."""
-        return 3
+        return self.latents or 3
 
     @property
     def drops_margin(self) -> bool:
@@ -257,12 +257,8 @@ class PatchEncoderConfig(EncoderOptions):
         return self.patch
 
     @property
-    def reads_pixels(self) -> bool:
-        return not self.latent_channels
-
-    @property
-    def in_channels(self) -> int:
-        return self.latent_channels or 3
+    def latents(self) -> int:
+        return self.latent_channels
 
 
 class PatchEncoder(nn.Module):

@@ -98,6 +98,10 @@ class FlowOptions(DecoderOptions):
         return not self.latent_channels
 
     @property
+    def latents(self) -> int:
+        return self.latent_channels
+
+    @property
     def channels(self) -> int:
         """Of what is drawn."""
         return self.latent_channels or 3

@@ -19,7 +19,7 @@ from unimm.codec.latents import SPREAD, SoftCodebookConfig, SoftCodebookHead
 from unimm.codec.pyramid import PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.quantizers import Quantized, Quantizer
 from unimm.codec.quantizers.vector import nearest_rows
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.codec.selection import padded
 from unimm.codes import VisualCodes
 from unimm.nn.blocks import TransformerBlock
@@ -135,17 +135,11 @@ class Latents:
     halting: torch.Tensor
 
 
-class HaltingResampler(Resampler):
-    """Full attention among the allowed error, the cells and the latents.
-
-    Raises:
-        ValueError: a decoder that does not read `dim` channels.
-    """
+class HaltingResampler(SequenceResampler):
+    """Full attention among the allowed error, the cells and the latents."""
 
     def __init__(self, config: HaltingResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.config = config
         self.errors = nn.Parameter(torch.randn(len(config.allowed_errors), encoder_width) * SPREAD)
         self.positions = nn.Parameter(torch.randn(config.table_side**2, encoder_width) * SPREAD)
@@ -190,10 +184,6 @@ class HaltingResampler(Resampler):
         assert pool == 1, "latents have no grid to pool"
         errors = features.new_full((len(features),), self.config.allowed_error)
         return self.latents(features, self.config.tokens, errors).positions
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors
 
 
 @dataclass(frozen=True)

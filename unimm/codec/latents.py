@@ -15,7 +15,7 @@ from torch import nn
 
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.nn.blocks import TransformerBlock
 
 SPREAD = 0.02  # of freshly drawn tokens and positions
@@ -32,6 +32,8 @@ class LatentResamplerConfig:
         depth, num_heads: of the transformer, which is as wide as the encoder.
         scramble: project as TiTok's two-stage checkpoints and One-D-Piece do: the `[N, D]` latents are read as `[D, N]`
             without being transposed, so that a code mixes the channels of several latents.
+        condition_tokens, condition_width: size of the text features that join the sequence, so that the codes need not
+            say what the text does (TexTok, 2412.05796); 0 for none.
     """
 
     tokens: int = 32
@@ -41,6 +43,20 @@ class LatentResamplerConfig:
     depth: int = 8
     num_heads: int = 8
     scramble: bool = False
+    condition_tokens: int = 0
+    condition_width: int = 0
+
+
+class TextTokens(nn.Module):
+    """Features of a text `[B, L, in_width]` as tokens of a transformer, `[B, L, width]`."""
+
+    def __init__(self, length: int, in_width: int, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(in_width, width)
+        self.positions = nn.Parameter(torch.randn(length, width) * SPREAD)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return self.embed(text) + self.positions
 
 
 class TokenTransformer(nn.Module):
@@ -64,37 +80,32 @@ class TokenTransformer(nn.Module):
         return self.norm_out(hidden)
 
 
-class LatentResampler(Resampler):
-    """Full attention among class token, cells and latents; only the latents go on.
-
-    Raises:
-        ValueError: a decoder that does not read `dim` channels.
-    """
+class LatentResampler(SequenceResampler):
+    """Full attention among class token, cells, latents and text, if there is one; only the latents go on."""
 
     def __init__(self, config: LatentResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.scramble = config.scramble
         self.num_cells = config.rows * config.columns
         self.transformer = TokenTransformer(encoder_width, config.depth, config.num_heads, cells=self.num_cells)
         self.latents = nn.Parameter(torch.randn(config.tokens, encoder_width) * SPREAD)
         self.latent_positions = nn.Parameter(torch.randn(config.tokens, encoder_width) * SPREAD)
         self.to_positions = nn.Linear(encoder_width, config.dim)
+        if config.condition_width:
+            self.condition_size = (config.condition_tokens, config.condition_width)
+            self.text = TextTokens(*self.condition_size, encoder_width)
 
-    def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:
+    def sample(self, features: torch.Tensor, pool: int = 1, condition: torch.Tensor | None = None) -> torch.Tensor:
         assert pool == 1, "latents have no grid to pool"
         cells = features.flatten(2).transpose(1, 2)
         latents = (self.latents + self.latent_positions).expand(len(cells), -1, -1)
-        hidden = self.transformer(cells, latents)[:, 1 + self.num_cells :]  # [B, N, D]
+        tokens = latents if condition is None else torch.cat([latents, self.text(condition)], dim=1)
+        start = 1 + self.num_cells
+        hidden = self.transformer(cells, tokens)[:, start : start + latents.shape[1]]  # [B, N, D]
         if self.scramble:
             batch, length, width = hidden.shape
             hidden = hidden.reshape(batch, width, length).transpose(1, 2)
         return self.to_positions(hidden)
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors
 
 
 @dataclass(frozen=True)
@@ -192,8 +203,7 @@ class MaskViTDecoder(nn.Module):
         self.transformer = TokenTransformer(config.width, config.depth, config.num_heads, cells=cells)
         self.code_positions = nn.Parameter(torch.randn(config.tokens, config.width) * SPREAD)
         if config.condition_width:
-            self.embed_condition = nn.Linear(config.condition_width, config.width)
-            self.condition_positions = nn.Parameter(torch.randn(config.condition_tokens, config.width) * SPREAD)
+            self.text = TextTokens(config.condition_tokens, config.condition_width, config.width)
         self.head: nn.Module = (
             PixelHead(config.width, config.patch)
             if config.soft_codebook is None
@@ -204,8 +214,7 @@ class MaskViTDecoder(nn.Module):
         batch, length, _ = vectors.shape
         tokens = self.embed(vectors) + self.code_positions[:length]
         if condition is not None:
-            text = self.embed_condition(condition) + self.condition_positions[: condition.shape[1]]
-            tokens = torch.cat([tokens, text], dim=1)
+            tokens = torch.cat([tokens, self.text(condition)], dim=1)
         cells = self.mask_token.expand(batch, self.grid[0] * self.grid[1], -1)
         hidden = self.transformer(cells, tokens)[:, 1 : 1 + cells.shape[1]]
         return self.head(hidden.transpose(1, 2).contiguous().unflatten(2, self.grid))

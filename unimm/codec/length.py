@@ -54,6 +54,11 @@ class LengthPolicy(ABC):
         return max(rows * columns for rows, columns in self.grids())
 
     @property
+    def max_learned(self) -> int:
+        """The most positions that training decodes."""
+        return self.max_length
+
+    @property
     def min_length(self) -> int:
         """The fewest codes of a picture, where they lie on no grid; all numbers up to `max_length` are legal."""
         return self.max_length
@@ -85,6 +90,14 @@ class LengthPolicy(ABC):
                 f"num_tokens is {num_tokens}; this codec always makes {grid[0] * grid[1]} of such a picture."
             )
         return Arrangement(*grid)
+
+    def arrange_learned(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        """As `arrange`, of a step of training.
+
+        Raises:
+            ValueError: the codec cannot learn `num_tokens`.
+        """
+        return self.arrange(grid, num_tokens)
 
     def drawn_grid(self, length: int) -> tuple[int, int]:
         """(rows, columns) of what `length` codes without a grid of their own are looked up as."""
@@ -144,9 +157,12 @@ class SequenceLength(LengthPolicy):
         filled: whether the decoder sees as many positions whatever the number of codes, those without a code as one
             learned vector (nested dropout, 1402.0915), so that pictures of several lengths are decoded together; else
             it sees the codes alone.
+        padding: latents behind those of the codes, which training alone decodes, where it is asked for more than
+            `tokens`; what they learn to hold, the codes need not (ReToK, 2601.01535). The resampler and the decoder
+            have `tokens + padding` positions.
 
     Raises:
-        ValueError: filled, where all pictures have all codes.
+        ValueError: filled or padding, where all pictures have all codes.
     """
 
     rows: int
@@ -154,10 +170,16 @@ class SequenceLength(LengthPolicy):
     tokens: int
     prefixes: bool = False
     filled: bool = False
+    padding: int = 0
 
     def __post_init__(self) -> None:
         if self.filled and not self.prefixes:
             raise ValueError("length.filled fills positions without codes; set prefixes: true, or leave it out.")
+        if self.padding < 0 or (self.padding and not self.prefixes):
+            raise ValueError(
+                f"length.padding is {self.padding}; it is 0 or more, and where there is some only the first latents "
+                "are codes: set prefixes: true, or leave it out."
+            )
 
     def grids(self) -> list[tuple[int, int]]:
         return [(self.rows, self.columns)]
@@ -171,8 +193,21 @@ class SequenceLength(LengthPolicy):
         return self.tokens
 
     @property
+    def max_learned(self) -> int:
+        return self.tokens + self.padding
+
+    @property
     def min_length(self) -> int:
         return 1 if self.prefixes else self.tokens
+
+    def arrange_learned(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        if not self.padding or num_tokens is None or num_tokens <= self.tokens:
+            return self.arrange(grid, num_tokens)
+        if num_tokens > self.max_learned:
+            raise ValueError(
+                f"num_tokens is {num_tokens}; this codec has {self.max_learned} latents, with those of length.padding."
+            )
+        return Arrangement(1, num_tokens)
 
     def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
         length = self.tokens if num_tokens is None else num_tokens

@@ -15,7 +15,7 @@ from torch import nn
 
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.nn.rotary import rotary_angles
 from unimm.nn.scaled import ScaledBlock
 
@@ -147,17 +147,11 @@ class MergedLevels:
     latents: torch.Tensor
 
 
-class MergingResampler(Resampler):
-    """Features `[B, D, rows, columns]` to `[B, tokens, dim]`, coarse to fine.
-
-    Raises:
-        ValueError: a decoder that does not read `dim` channels.
-    """
+class MergingResampler(SequenceResampler):
+    """Features `[B, D, rows, columns]` to `[B, tokens, dim]`, coarse to fine."""
 
     def __init__(self, config: MergingResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.config = config
         self.sizes = level_sizes(config.tokens)
         self.embed = nn.Linear(encoder_width, config.width)
@@ -175,10 +169,6 @@ class MergingResampler(Resampler):
             batch, length, width = hidden.shape
             hidden = hidden.reshape(batch, width, length).transpose(1, 2)
         return self.to_positions(hidden)
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors
 
     def read(self, features: torch.Tensor) -> MergedLevels:
         """Every level of cells and the latents after the last block."""

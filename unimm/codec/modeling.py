@@ -15,17 +15,19 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from unimm.codec.cell_flow import ModulatedMLP
-from unimm.codec.configuration import VisualCodecConfig, socket_config
+from unimm.codec.configuration import VisualCodecConfig, described, socket_config
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.flow import Flow
 from unimm.codec.halting import HaltingResampler, KeptViTDecoder, encode_unhalted, learn_to_halt, places_of
+from unimm.codec.latents import LatentResampler
 from unimm.codec.length import Arrangement
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import Resampler, SequenceResampler
 from unimm.codec.selection import SelectResampler, padded
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
-from unimm.codec.tower import TowerEncoder, around_tower
+from unimm.codec.tower import TowerEncoder
+from unimm.codec.vae import Vae, VaeConfig
 from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock
@@ -41,7 +43,9 @@ class CodecOutput(ModelOutput):
     """What a training step needs.
 
     Args:
-        reconstruction: `[B, 3, H, W]`, about [-1, 1], not clamped; of a codec without pixels, its features.
+        reconstruction: `[B, 3, H, W]`, about [-1, 1], not clamped; of a codec without pixels, its features; of one
+            that draws the latents of another autoencoder, those, which `pixels_of` takes to pixels where that lies
+            around it.
         ids: int64 `[B, N, K]`, zeros on the right of pictures with fewer codes.
         quantizer_loss: scalar.
         features: of a codec that rebuilds features beside pixels.
@@ -50,6 +54,8 @@ class CodecOutput(ModelOutput):
         vectors: float32 `[B, N, D]`, what all codes of a picture stand for, with those that `num_tokens` leaves out;
             None where pictures of one size differ in their number.
         halting_loss: scalar, of a codec whose latents halt: whether those halted that the copy did without.
+        cells: `[B, D, rows, columns]`, the encoder's features; None where pictures of one size differ in their number
+            of codes.
     """
 
     reconstruction: torch.Tensor | None = None
@@ -59,13 +65,15 @@ class CodecOutput(ModelOutput):
     velocity_loss: torch.Tensor | None = None
     vectors: torch.Tensor | None = None
     halting_loss: torch.Tensor | None = None
+    cells: torch.Tensor | None = None
 
 
 class VisualCodecModel(PreTrainedModel):
     """A visual tokenizer: Encoder -> Resampler -> Quantizer -> LengthPolicy -> Decoder.
 
     Pixels are float `[B, 3, H, W]` in `config.pixel_range`, [-1, 1] unless a published codec has another. All weights
-    stay in float32 under a half-precision load, since rounding the encoder flips codes.
+    stay in float32 under a half-precision load, since rounding the encoder flips codes. A codec of latents takes and
+    gives pixels where `config.vae` says of which autoencoder, which is frozen.
     """
 
     config_class = VisualCodecConfig
@@ -74,7 +82,7 @@ class VisualCodecModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _keep_in_fp32_modules_strict = ["encoder", "resampler", "quantizer", "decoder", "absent"]
+    _keep_in_fp32_modules_strict = ["encoder", "resampler", "quantizer", "decoder", "absent", "vae"]
 
     config: VisualCodecConfig
     quantizer: Quantizer
@@ -93,9 +101,47 @@ class VisualCodecModel(PreTrainedModel):
         self.length = config.length_policy
         self.decoder = DECODERS[config.decoder["kind"]][1](decoder)
         self.decoder_options: DecoderOptions = decoder
+        self._reads_latents = encoder.latents > 0
         self.dim = self.quantizer.out_dim(resampler.dim)
+        self._check_widths(decoder.in_width, decoder.condition_size)
         self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
+        self.vae = Vae(VaeConfig(config.vae)) if config.vae is not None else None
         self.post_init()
+
+    def _check_widths(self, in_width: int, drawing: tuple[int, int] | None) -> None:
+        """Check that codes are as wide as what reads them, and that one text serves both sides."""
+        if isinstance(self.resampler, SequenceResampler) and in_width != self.dim:
+            raise ValueError(
+                f"Codes stand for vectors of {self.dim} channels, by resampler.dim, and the decoder reads {in_width}; "
+                "make them equal."
+            )
+        reading = self.resampler.condition_size
+        if reading is not None and drawing is not None and reading != drawing:
+            raise ValueError(
+                f"The resampler reads {reading[0]} text features of {reading[1]} channels, the decoder {drawing[0]} of "
+                f"{drawing[1]}; one text serves both: make them equal."
+            )
+
+    @classmethod
+    def begin(cls, **fields: Any) -> VisualCodecModel:
+        """A codec with fresh weights, apart from those of the saved models that its configuration names.
+
+        Args:
+            fields: of the configuration. `encoder.tower` may be the folder or Hub name of a vision model, and `vae`
+                that of an autoencoder of diffusers.
+
+        Raises:
+            ValueError: other kinds of models, or fields that do not fit them.
+        """
+        codec = cls(VisualCodecConfig(**described(fields)))
+        tower, vae = fields.get("encoder", {}).get("tower"), fields.get("vae")
+        if isinstance(tower, str):
+            assert isinstance(codec.encoder, TowerEncoder)
+            codec.encoder.load(tower)
+        if isinstance(vae, str):
+            assert codec.vae is not None
+            codec.vae.load(vae)
+        return codec
 
     @classmethod
     def from_tower(cls, tower: str | Path, **fields: Any) -> VisualCodecModel:
@@ -108,15 +154,13 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: another kind of model, or fields that do not fit it.
         """
-        codec = cls(VisualCodecConfig(**around_tower(tower, fields)))
-        assert isinstance(codec.encoder, TowerEncoder)
-        codec.encoder.load(tower)
-        return codec
+        return cls.begin(**fields | {"encoder": fields.get("encoder", {}) | {"kind": "tower", "tower": str(tower)}})
 
     def encode(
         self,
         pixel_values: torch.Tensor,
         *,
+        condition: torch.Tensor | None = None,
         num_tokens: int | None = None,
         allowed_error: float | None = None,
         generator: torch.Generator | None = None,
@@ -125,7 +169,8 @@ class VisualCodecModel(PreTrainedModel):
 
         Args:
             pixel_values: float `[B, 3, H, W]` in `config.pixel_range`, or latents `[B, C, H, W]` where the codec reads
-                those of another autoencoder.
+                those of another autoencoder that does not lie around it.
+            condition: float `[B, L, D]` text features, for codecs that read under a text.
             num_tokens: the number of positions wanted; by default as many as the codec makes of this size. Of a codec
                 whose latents halt it is that of latents, of which the codes of `side_info["places"]`, int64 `[B, N]`,
                 are kept.
@@ -135,11 +180,12 @@ class VisualCodecModel(PreTrainedModel):
                 the same picture always has the same codes.
 
         Raises:
-            ValueError: wrong shape or range, a size the codec cannot take, a `num_tokens` it cannot make of it, or an
-                `allowed_error` that it cannot be asked for.
+            ValueError: wrong shape or range, a size the codec cannot take, a `num_tokens` it cannot make of it, an
+                `allowed_error` that it cannot be asked for, or a condition that is missing or not wanted.
         """
         pixel_values = self._fit(pixel_values)
         arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
+        self._check_condition(condition, len(pixel_values), self.resampler.condition_size, "encodes")
         if allowed_error is not None and not isinstance(self.resampler, HaltingResampler):
             raise ValueError(f"allowed_error is {allowed_error}; this codec makes as many codes whatever the error.")
         with torch.no_grad():
@@ -147,9 +193,10 @@ class VisualCodecModel(PreTrainedModel):
                 quantized, mask = self._quantize_kept(self.resampler, pixel_values, generator)
                 return VisualCodes(quantized.ids, mask)
             if isinstance(self.resampler, HaltingResampler):
-                features = self.encoder(pixel_values.to(self.dtype))
+                features = self.encoder(self._read(pixel_values))
                 return encode_unhalted(self.resampler, self.quantizer, features, arrangement.length, allowed_error)
-            quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
+            cells = self.encoder(self._read(pixel_values))
+            quantized = self.quantizer(self._positions(cells, arrangement.pool, condition))
         ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
             codes = VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
@@ -173,7 +220,7 @@ class VisualCodecModel(PreTrainedModel):
         pixel_values = self._fit(pixel_values)
         self._check_pixels(pixel_values)
         with torch.no_grad():
-            features = self.encoder(pixel_values.to(self.dtype))
+            features = self.encoder(self._read(pixel_values))
             return features.flatten(2).transpose(1, 2), self.resampler.select(features, generator)
 
     def lookup(self, codes: VisualCodes) -> torch.Tensor:
@@ -191,7 +238,7 @@ class VisualCodecModel(PreTrainedModel):
         """Vectors `[B, N, D]`, of a codec whose decoder sees all positions as `[B, tokens, D]`."""
         if self.absent is None:
             return vectors
-        missing = self.length.max_length - vectors.shape[1]
+        missing = self.length.max_learned - vectors.shape[1]
         vectors, mask = F.pad(vectors, (0, 0, 0, missing)), F.pad(mask, (0, missing))
         return torch.where(mask[..., None], vectors, self.absent)
 
@@ -207,7 +254,7 @@ class VisualCodecModel(PreTrainedModel):
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """Pictures `[B, 3, H, W]`, about `config.pixel_range` and not clamped; of a codec without pixels, its features,
-        or the latents of another autoencoder `[B, C, H, W]`.
+        or the latents of another autoencoder `[B, C, H, W]` that does not lie around it.
 
         Args:
             codes: of `encode`, or ids of the same shape. Where they leave the size of the picture open it is
@@ -220,7 +267,7 @@ class VisualCodecModel(PreTrainedModel):
             ValueError: ids out of range, codes of several sizes, or a condition that is missing or not wanted.
         """
         grid = self._check_codes(codes)
-        self._check_condition(condition, len(codes))
+        self._check_condition(condition, len(codes), self.decoder_options.condition_size, "decodes")
         with torch.no_grad():
             if isinstance(self.decoder, KeptViTDecoder):
                 return self.decoder(self.lookup(codes), codes.mask, places_of(codes, self.length.max_length))
@@ -228,8 +275,14 @@ class VisualCodecModel(PreTrainedModel):
             if self.length.ragged:
                 return self.decoder(self.resampler.restore(vectors, grid), codes.mask)
             if isinstance(self.decoder, Flow):
-                return self.decoder(self.resampler.restore(vectors, grid), generator)
+                return self.pixels_of(self.decoder(self.resampler.restore(vectors, grid), generator))
             return self._draw(vectors, grid, condition, self._drawn_size(codes))
+
+    def pixels_of(self, drawn: torch.Tensor) -> torch.Tensor:
+        """What the decoder drew, as pixels where it drew the latents of the autoencoder around the codec."""
+        if self.vae is None or not self.decoder_options.latents:
+            return drawn
+        return self.from_shown(self.vae.decode(drawn))
 
     def features(self, codes: VisualCodes) -> torch.Tensor:
         """What the codes mean rather than show: features `[B, M, D]` that the codec rebuilds of a vision tower.
@@ -253,27 +306,37 @@ class VisualCodecModel(PreTrainedModel):
         Raises:
             ValueError: as `decode`, or a codec that decodes to features and needs a detokenizer to draw.
         """
-        if not self.decoder_options.makes_pixels and isinstance(self.decoder, Flow):
-            raise ValueError("This codec draws the latents of another autoencoder; give decode(codes) to its decoder.")
-        if not self.decoder_options.makes_pixels:
+        if not self.config.draws_pixels and self.decoder_options.latents:
+            raise ValueError(
+                "This codec draws the latents of another autoencoder; give decode(codes) to its decoder, or a codec "
+                "with config.vae that autoencoder."
+            )
+        if not self.config.draws_pixels:
             raise ValueError("This codec decodes to features, not to pixels; draw its codes with a detokenizer.")
         return self.to_shown(self.decode(codes, condition=condition)).clamp(-1, 1)
 
     def to_shown(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels of the codec's own range as pixels in [-1, 1]."""
+        if self._shows_as_it_reads:
+            return pixels
         black, white = (pixels.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
         return (pixels - black) * (2 / (white - black)) - 1
 
     def from_shown(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] as pixels of the codec's own range."""
-        if self.config.pixel_mean is None and self.config.pixel_range == (-1.0, 1.0):
+        if self._shows_as_it_reads:
             return pixels
         black, white = (pixels.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
         return (pixels + 1) * ((white - black) / 2) + black
 
+    @property
+    def _shows_as_it_reads(self) -> bool:
+        return self.config.pixel_mean is None and self.config.pixel_range == (-1.0, 1.0)
+
     def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """One trip through the codes: `decode(encode(pixel_values))`."""
-        return self.decode(self.encode(pixel_values), condition=condition)
+        reading, drawing = self._conditions(condition)
+        return self.decode(self.encode(pixel_values, condition=reading), condition=drawing)
 
     def forward(
         self,
@@ -286,7 +349,8 @@ class VisualCodecModel(PreTrainedModel):
 
         Args:
             pixel_values, condition: as for `encode` and `decode`.
-            num_tokens: as for `encode`, or int64 `[B]`, a number for each picture, where `length.filled` is set.
+            num_tokens: as for `encode`, or int64 `[B]`, a number for each picture, where `length.filled` is set; up to
+                `length.max_learned`.
 
         Raises:
             ValueError: as both, or numbers for each picture of a codec that cannot draw them together.
@@ -298,8 +362,9 @@ class VisualCodecModel(PreTrainedModel):
                 f"num_tokens are {num_tokens.tolist()}; numbers for each picture, of 1 or more, need a codec of "
                 "length.filled: true."
             )
-        arrangement: Arrangement = self.length.arrange(self._check_pixels(pixel_values), most)
-        self._check_condition(condition, len(pixel_values))
+        arrangement: Arrangement = self.length.arrange_learned(self._check_pixels(pixel_values), most)
+        self._check_condition(condition, len(pixel_values), self.condition_size, "learns")
+        reading, drawing = self._conditions(condition)
         if isinstance(self.resampler, SelectResampler):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
             return CodecOutput(self.decoder(kept.vectors, mask), kept.ids, kept.loss)
@@ -310,31 +375,35 @@ class VisualCodecModel(PreTrainedModel):
                 self.resampler,
                 self.quantizer,
                 self.decoder,
-                self.encoder(pixel_values.to(self.dtype)),
+                self.encoder(self._read(pixel_values)),
                 pixel_values,
                 span=white - black,
                 tokens=arrangement.length,
             )
             return CodecOutput(step.drawn, step.quantized.ids, step.quantized.loss, halting_loss=step.loss)
-        quantized = self.quantizer(self._positions(pixel_values, arrangement.pool))
+        read = self._read(pixel_values)
+        cells = self.encoder(read)
+        quantized = self.quantizer(self._positions(cells, arrangement.pool, reading))
         grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
-        ids = quantized.ids[:, : arrangement.length]
+        ids, held = quantized.ids[:, : arrangement.length], quantized.vectors[:, : self.length.max_length]
         if self.absent is not None:
             wanted = torch.as_tensor(arrangement.length if num_tokens is None else num_tokens, device=ids.device)
             places = torch.arange(arrangement.length, device=ids.device)
             mask = (places < wanted.view(-1, 1)).expand(ids.shape[:2])
-            grid, vectors = self.length.drawn_grid(self.length.max_length), self._filled(vectors, mask)
+            grid, vectors = self.length.drawn_grid(self.length.max_learned), self._filled(vectors, mask)
             ids = ids.masked_fill(~mask[..., None], 0)
         if isinstance(self.decoder, Flow):
-            denoised = self.decoder.denoise(self.resampler.restore(vectors, grid), pixel_values.to(vectors.dtype))
+            denoised = self.decoder.denoise(
+                self.resampler.restore(vectors, grid), self._wanted(pixel_values, read).to(vectors.dtype)
+            )
             return CodecOutput(
-                denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=quantized.vectors
+                denoised.picture, ids, quantized.loss, velocity_loss=denoised.loss, vectors=held, cells=cells
             )
         size = (pixel_values.shape[2], pixel_values.shape[3])
-        drawn = self._draw(vectors, grid, condition, size)
-        output = CodecOutput(drawn, ids, quantized.loss, vectors=quantized.vectors)
+        drawn = self._draw(vectors, grid, drawing, size)
+        output = CodecOutput(drawn, ids, quantized.loss, vectors=held, cells=cells)
         if self.decoder_options.makes_features and self.decoder_options.makes_pixels:
             output.features = self._features(vectors, grid, size)
         return output
@@ -357,14 +426,45 @@ class VisualCodecModel(PreTrainedModel):
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _positions(self, pixel_values: torch.Tensor, pool: int = 1) -> torch.Tensor:
-        return self.resampler.sample(self.encoder(pixel_values.to(self.dtype)), pool)
+    @property
+    def condition_size(self) -> tuple[int, int] | None:
+        """(tokens, width) of the text features that the codec reads or draws under, if it does."""
+        return self.decoder_options.condition_size or self.resampler.condition_size
+
+    def _conditions(self, condition: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """A text for reading, and for drawing."""
+        drawing = self.decoder_options.condition_size
+        return (
+            None if self.resampler.condition_size is None and drawing is not None else condition,
+            None if drawing is None and self.resampler.condition_size is not None else condition,
+        )
+
+    def _positions(self, cells: torch.Tensor, pool: int = 1, condition: torch.Tensor | None = None) -> torch.Tensor:
+        if condition is None:
+            return self.resampler.sample(cells, pool)
+        assert isinstance(self.resampler, LatentResampler)
+        return self.resampler.sample(cells, pool, condition.to(cells.dtype))
+
+    def _read(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the encoder reads of them."""
+        return self._vae_latents(pixel_values) if self._reads_latents else pixel_values.to(self.dtype)
+
+    def _wanted(self, pixel_values: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """What the decoder should draw of pixels of which the encoder has `read`."""
+        if not self.decoder_options.latents:
+            return pixel_values
+        return read if self._reads_latents else self._vae_latents(pixel_values)
+
+    def _vae_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Of the autoencoder around the codec; without one they are what was given."""
+        pixel_values = pixel_values.to(self.dtype)
+        return pixel_values if self.vae is None else self.vae.encode(self.to_shown(pixel_values))
 
     def _quantize_kept(
         self, resampler: SelectResampler, pixel_values: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[Quantized, torch.Tensor]:
         """The kept positions of each picture, padded on the right, and their mask."""
-        features = self.encoder(pixel_values.to(self.dtype))
+        features = self.encoder(self._read(pixel_values))
         keep = resampler.select(features, generator)
         positions = resampler.merge(features, keep)[keep.bool()]
         quantized = self.quantizer(positions[None])  # all pictures in a row, [1, M, D]: no loss on padding
@@ -417,20 +517,21 @@ class VisualCodecModel(PreTrainedModel):
             if not self.length.ragged and self.absent is None and not bool(codes.mask.all()):
                 raise ValueError(f"Codes have lengths {codes.lengths.tolist()}; decode one length at a time.")
             self.length.check_length(codes.ids.shape[1])
-            return self.length.drawn_grid(codes.ids.shape[1] if self.absent is None else self.length.max_length)
+            return self.length.drawn_grid(codes.ids.shape[1] if self.absent is None else self.length.max_learned)
         if codes.grid is None or len(set(codes.grid)) != 1:
             raise ValueError(f"Codes have grids {codes.grid}; decode pictures of one (rows, columns) at a time.")
         self.length.check_grid(codes.grid[0])
         return codes.grid[0]
 
-    def _check_condition(self, condition: torch.Tensor | None, batch: int) -> None:
-        size = self.decoder_options.condition_size
+    def _check_condition(
+        self, condition: torch.Tensor | None, batch: int, size: tuple[int, int] | None, does: str
+    ) -> None:
         if size is None and condition is not None:
             raise ValueError(f"This codec takes no condition, and one of {tuple(condition.shape)} was given.")
         if size is not None and (condition is None or condition.shape != (batch, *size)):
             seen = "missing" if condition is None else str(tuple(condition.shape))
             raise ValueError(
-                f"This codec decodes under a text, and its features are {seen}; "
+                f"This codec {does} under a text, and its features are {seen}; "
                 f"give condition=, floats {(batch, *size)}."
             )
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.nn.blocks import MLP, CrossAttention, SelfAttention
 
 SPREAD = 0.02  # of freshly drawn queries
@@ -115,17 +115,11 @@ class QFormerLayer(nn.Module):
         return self.mlp_norm(hidden + self.mlp(hidden))
 
 
-class QFormerResampler(Resampler):
-    """Features `[B, D, rows, columns]` to `[B, tokens, dim]`.
-
-    Raises:
-        ValueError: a decoder that does not read `dim` channels.
-    """
+class QFormerResampler(SequenceResampler):
+    """Features `[B, D, rows, columns]` to `[B, tokens, dim]`."""
 
     def __init__(self, config: QFormerResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.causal = config.causal
         self.queries = nn.Parameter(torch.randn(config.tokens, config.width) * SPREAD)
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
@@ -148,7 +142,3 @@ class QFormerResampler(Resampler):
         for layer in self.layers:
             hidden = layer(hidden, cells, mask)
         return self.to_positions(hidden)
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors

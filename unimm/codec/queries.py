@@ -17,7 +17,7 @@ from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.merging import level_grid, level_sizes
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.nn.blocks import MLP, check_heads
 
 SPREAD = 0.02  # of freshly drawn positions
@@ -79,7 +79,7 @@ class QueryLayer(nn.Module):
 
 
 class QueryReader(nn.Module):
-    """Queries `[B, queries, width]` that read `[B, length, in_width]`."""
+    """Queries `[B, queries, width]` that read `[B, length, in_width]`, or the first of as many."""
 
     def __init__(self, in_width: int, width: int, *, depth: int, num_heads: int, queries: int, length: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class QueryReader(nn.Module):
     def states(self, hidden: torch.Tensor, read: torch.Tensor) -> Iterator[torch.Tensor]:
         """The queries after each layer, from how they begin and what was embedded."""
         for layer in self.layers:
-            hidden = layer(hidden, read, self.query_positions, self.positions)
+            hidden = layer(hidden, read, self.query_positions, self.positions[: read.shape[1]])
             yield hidden
 
     def forward(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
@@ -112,12 +112,15 @@ class QueryResamplerConfig:
 
     Args:
         tokens: latents, and so codes; a power of two.
+        padding: latents behind them that begin as the last so many of theirs do (ReToK, 2601.01535); see
+            `length.padding`.
         rows, columns: of the encoder's grid, both whole multiples of those of the finest average.
         dim: width of the vectors that are quantised.
         width, depth, num_heads: of the transformer.
     """
 
     tokens: int = 256
+    padding: int = 0
     rows: int = 16
     columns: int = 16
     dim: int = 8
@@ -126,6 +129,8 @@ class QueryResamplerConfig:
     num_heads: int = 12
 
     def __post_init__(self) -> None:
+        if not 0 <= self.padding <= self.tokens:
+            raise ValueError(f"padding is {self.padding}; it begins as the last of {self.tokens} averages do.")
         rows, columns = level_grid(level_sizes(self.tokens)[-1])
         if self.rows % rows or self.columns % columns:
             raise ValueError(
@@ -134,24 +139,18 @@ class QueryResamplerConfig:
             )
 
 
-class QueryResampler(Resampler):
-    """Features `[B, D, rows, columns]` to `[B, tokens, dim]`.
-
-    Raises:
-        ValueError: a decoder that does not read `dim` channels.
-    """
+class QueryResampler(SequenceResampler):
+    """Features `[B, D, rows, columns]` to `[B, tokens + padding, dim]`."""
 
     def __init__(self, config: QueryResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
-        self.sizes = level_sizes(config.tokens)
+        self.sizes, self.padding = level_sizes(config.tokens), config.padding
         self.reader = QueryReader(
             encoder_width,
             config.width,
             depth=config.depth,
             num_heads=config.num_heads,
-            queries=config.tokens,
+            queries=config.tokens + config.padding,
             length=config.rows * config.columns,
         )
         self.to_queries = nn.Linear(config.width, config.width)
@@ -161,11 +160,9 @@ class QueryResampler(Resampler):
         assert pool == 1, "latents have no grid to pool"
         cells = self.reader.embedded(features.flatten(2).transpose(1, 2))
         grid = cells.transpose(1, 2).unflatten(2, features.shape[2:])
-        return self.to_positions(self.reader(self.to_queries(averaged_levels(grid, self.sizes)), cells))
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors
+        queries = self.to_queries(averaged_levels(grid, self.sizes))
+        queries = torch.cat([queries, queries[:, queries.shape[1] - self.padding :]], dim=1)
+        return self.to_positions(self.reader(queries, cells))
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ class QueryDecoderConfig(DecoderOptions):
 
     Args:
         dim: width of a looked-up code.
-        tokens: codes of a picture.
+        tokens: the most codes of a picture.
         rows, columns: of the grid.
         width, depth, num_heads: of the transformer.
         aligned_layer: the layer, counted from 1, whose states learn the features of a vision tower; 0 for none.
@@ -211,7 +208,7 @@ class QueryDecoderConfig(DecoderOptions):
 
 
 class QueryDecoder(TwoSidedDecoder):
-    """Codes `[B, tokens, dim]` to pixels, and on request to features of cells `[B, rows * columns, feature_width]`."""
+    """Codes `[B, N, dim]`, N at most `tokens`, to pixels; on request to features of cells, `[B, cells, width]`."""
 
     def __init__(self, config: QueryDecoderConfig) -> None:
         super().__init__()

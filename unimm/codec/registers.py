@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.nn.gated import GatedBlock, normed
 
 SPREAD = 0.02  # of freshly drawn registers and positions
@@ -45,17 +45,11 @@ def prefix_causal_mask(cells: int, tokens: int, device: torch.device) -> torch.T
     return mask
 
 
-class RegisterResampler(Resampler):
-    """Features `[B, D, rows, columns]` to `[B, tokens, dim]`.
-
-    Raises:
-        ValueError: a decoder that does not read `dim` channels.
-    """
+class RegisterResampler(SequenceResampler):
+    """Features `[B, D, rows, columns]` to `[B, tokens, dim]`."""
 
     def __init__(self, config: RegisterResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.positions = nn.Parameter(torch.randn(config.rows * config.columns, encoder_width) * SPREAD)
         self.registers = nn.Parameter(torch.randn(config.tokens, encoder_width) * SPREAD)
         self.blocks = nn.ModuleList(
@@ -72,7 +66,3 @@ class RegisterResampler(Resampler):
         for block in self.blocks:
             hidden = block(hidden, mask)
         return self.to_positions(normed(hidden[:, num_cells:]))
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors

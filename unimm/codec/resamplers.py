@@ -16,7 +16,12 @@ from unimm.nn.geglu import AttentionProjection
 
 
 class Resampler(nn.Module, ABC):
-    """Around the quantizer: what becomes a position, and what the decoder is given."""
+    """Around the quantizer: what becomes a position, and what the decoder is given.
+
+    `condition_size` is (tokens, width) of the text features that reading needs, None where it needs none.
+    """
+
+    condition_size: tuple[int, int] | None = None
 
     @abstractmethod
     def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:
@@ -25,6 +30,14 @@ class Resampler(nn.Module, ABC):
     @abstractmethod
     def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """`[B, N, dim]`, laid out as `grid` where positions form one, to the decoder's input."""
+
+
+class SequenceResampler(Resampler):
+    """Positions without a grid; the decoder reads what is looked up as it is."""
+
+    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The vectors themselves, `[B, N, dim]`."""
+        return vectors
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimm.codec.decoders import DecoderOptions
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.nn.rotary import EPS, RotaryBlock, axis_angles, check_axes
 
 SPREAD = 0.02  # of freshly drawn latents
@@ -122,17 +122,15 @@ class RotaryLatentsConfig(TrunkOptions):
     dim: int = 768
 
 
-class RotaryLatentsResampler(Resampler):
+class RotaryLatentsResampler(SequenceResampler):
     """Features `[B, D, rows, columns]` of any grid that can be halved to `[B, tokens, dim]`.
 
     Raises:
-        ValueError: a decoder that does not read `dim` channels, or a transformer that cannot be.
+        ValueError: a transformer that cannot be.
     """
 
     def __init__(self, config: RotaryLatentsConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.latents = nn.Parameter(torch.randn(config.tokens, encoder_width) * SPREAD)
         self.trunk = LatentTrunk(config, encoder_width, halves=True)
         self.norm = nn.RMSNorm(encoder_width, eps=EPS)
@@ -142,10 +140,6 @@ class RotaryLatentsResampler(Resampler):
         assert pool == 1, "latents have no grid to pool"
         latents, _ = self.trunk(self.latents.expand(len(features), -1, -1), features)
         return self.to_positions(self.norm(latents))
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimm.codec.feature_decoder import FeatureOptions
-from unimm.codec.resamplers import Resampler
+from unimm.codec.resamplers import SequenceResampler
 from unimm.nn.blocks import MLP, CrossAttention, SelfAttention, check_heads
 
 EPS = 1e-5
@@ -148,17 +148,11 @@ class Merger(nn.Module):
         return self.norm(hidden)
 
 
-class SelectResampler(Resampler):
-    """Features `[B, D, rows, columns]` to a position per cell `[B, N, dim]`, of which `select` says which count.
-
-    Raises:
-        ValueError: a decoder that does not read `dim` channels.
-    """
+class SelectResampler(SequenceResampler):
+    """Features `[B, D, rows, columns]` to a position per cell `[B, N, dim]`, of which `select` says which count."""
 
     def __init__(self, config: SelectResamplerConfig, *, encoder_width: int, decoder_width: int) -> None:
         super().__init__()
-        if decoder_width != config.dim:
-            raise ValueError(f"dim is {config.dim} and the decoder reads {decoder_width} channels; make them equal.")
         self.selector = Selector(encoder_width)
         self.merger = Merger(encoder_width, config)
         self.to_positions = nn.Sequential(
@@ -197,10 +191,6 @@ class SelectResampler(Resampler):
     def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:
         assert pool == 1, "kept cells have no grid to pool"
         return self.merge(features, self.select(features))
-
-    def restore(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The vectors themselves, `[B, N, dim]`."""
-        return vectors
 
 
 def padded(kept: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

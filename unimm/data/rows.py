@@ -200,7 +200,7 @@ def _copy_codes(
     codec: VisualCodecModel, codes: VisualCodes, rngs: Sequence[np.random.Generator]
 ) -> list[list[list[int]]]:
     """Codes `[B][N][K]` of the pictures that the codec makes of codes; empty where it makes none."""
-    if not codec.decoder_options.makes_pixels:
+    if not codec.config.draws_pixels:
         return [[] for _ in rngs]
     pictures = to_pictures(codec.pictures(codes))
     copies = [np.asarray(sent_around(picture, rng)) for picture, rng in zip(pictures, rngs, strict=True)]

@@ -12,6 +12,7 @@ from diffusers import AutoModel as DiffusersModel
 from PIL import Image
 
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
+from unimm.codec.vae import mode_of_latents
 from unimm.codes import CodeSpec
 from unimm.data.pictures import to_pixel_values
 
@@ -64,10 +65,10 @@ class CodecSubject:
     """
 
     def __init__(self, codec: VisualCodecModel, name: str) -> None:
-        if not codec.config.reads_pixels or not codec.decoder_options.makes_pixels:
+        if not codec.config.reads_pixels or not codec.config.draws_pixels:
             raise ValueError(f"{name} does not both read and draw pixels, so that its copies cannot be compared.")
-        if codec.decoder_options.condition_size is not None:
-            raise ValueError(f"{name} draws under a text, which these pictures do not have.")
+        if codec.condition_size is not None:
+            raise ValueError(f"{name} reads or draws under a text, which these pictures do not have.")
         self.codec, self.name = codec.eval(), name
         self.side = codec.config.image_size
         spec = codec.spec_without_fingerprint
@@ -115,8 +116,7 @@ class VaeSubject:
     def copy(self, pictures: np.ndarray, length: int | None = None) -> Copies:
         drawn = []
         for batch in to_pixel_values(pictures).split(BATCH):
-            encoded = self.vae.encode(batch.to(self.vae.device))
-            latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded[0]
+            latents = mode_of_latents(self.vae, batch.to(self.vae.device))
             drawn.append(self.vae.decode(latents).sample.clamp(-1, 1).cpu())
         return Copies(torch.cat(drawn))
 

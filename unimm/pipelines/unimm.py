@@ -129,7 +129,7 @@ class UniMM:
     @property
     def codec_draws(self) -> bool:
         """Whether the codec decodes to pixels."""
-        return self.model.codec.decoder_options.makes_pixels
+        return self.model.codec.config.draws_pixels
 
     def generate(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import nn
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, socket_config
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
-from unimm.codec.tower import around_tower
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.nn.scripted import Lpips
 from unimm.scorers.reconstruction import psnr
+from unimm.training.continuing import Pivot, check_held, continued, continued_fields, hold
 from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead, text_tower
 from unimm.training.heads import (
     AlignmentConfig,
@@ -46,6 +46,7 @@ from unimm.training.objectives import (
 from unimm.training.optimizer import OptimizerConfig
 from unimm.training.plots import contact_sheet, plot_usage
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
+from unimm.training.relations import Relation, RelationConfig, check_relation
 from unimm.training.run_directory import RunConfig, RunDirectory
 
 SHEET_SIZE = 16
@@ -102,7 +103,7 @@ class CodecRecipe:
     """A recipe with `task: codec`.
 
     Args:
-        model: keys of `VisualCodecConfig`; `encoder.tower` may name a saved vision model.
+        model: keys of `VisualCodecConfig`; `encoder.tower` may name a saved vision model, `vae` a saved autoencoder.
         perceptual: a frozen network whose features of the copy should be those of the picture.
         distill: a frozen model whose features the codec's own decoder of features rebuilds.
         align: frozen models whose features a head beside the codec reads from the codes, by a name for the log.
@@ -110,6 +111,10 @@ class CodecRecipe:
         contrast: a frozen model of texts, whose embedding of a caption should be nearest to the codes of its picture.
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes that pictures are drawn from.
+        relation: a frozen model whose features say how the rows of the codebooks should lie to each other.
+        begin: a saved codec that training goes on from, by folder or Hub name; `model` then says what is otherwise.
+        held: sockets that stay as they begin.
+        pivot: weight of the mean squared distance of an encoder that learns from what it begins as.
         bf16: whether to compute in it; None where the processor is fast in it.
         ema_decay: of a moving average of the weights, which is what is judged and saved; None for none.
 
@@ -131,6 +136,10 @@ class CodecRecipe:
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
+    relation: RelationConfig = field(default_factory=RelationConfig)
+    begin: str = ""
+    held: tuple[str, ...] = ()
+    pivot: float = 0.0
     bf16: bool | None = None
     ema_decay: float | None = None
 
@@ -148,7 +157,10 @@ class CodecTask:
     def __init__(self, recipe: CodecRecipe, pool: Pool) -> None:
         self.recipe = recipe
         self.pool = pool.pictures
-        self.codec = begun_codec(recipe.model).to(memory_format=torch.channels_last)
+        self.codec = continued(recipe.begin, recipe.model).to(memory_format=torch.channels_last)
+        hold(self.codec, recipe.held)
+        self.pivot = Pivot(self.codec) if recipe.pivot else None
+        self.relation = Relation(recipe.relation, self.pool, recipe.run.seed) if recipe.relation.model else None
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
         self.perceptual = perceptual_features(recipe.perceptual)
@@ -162,11 +174,16 @@ class CodecTask:
         self.model: nn.Module = CodecWithHeads(self.codec, self._heads())
         self.judge = PixelCritic(recipe.critic) if recipe.critic.weight else None
         self.critic: Critic | None = self.judge
+        needs_pixels = any(astuple(recipe.loss)) or self.perceptual is not None or self.judge is not None
+        # A VAE takes longer to draw pixels than a flow to learn its latents.
+        self.compares_pixels = self.codec.vae is None or needs_pixels
         self.weights = {
             "perceptual": recipe.perceptual.weight,
             "distill": recipe.distill.weight,
             "disentangle": recipe.disentangle,
             "contrast": recipe.contrast.weight,
+            "pivot": recipe.pivot,
+            "relation": recipe.relation.weight,
             **{f"align_{name}": config.weight for name, config in recipe.align.items()},
         }
 
@@ -190,9 +207,12 @@ class CodecTask:
         wanted = {name: features(pixels) for name, features in self.teachers.items()}
         if self.captions is not None:
             wanted["contrast"] = self.captions[picked].to(pixels.device)
-        output, headed = model(self.codec.from_shown(pixels), length, wanted)
-        drawn = self.codec.to_shown(output.reconstruction.float())
-        losses = reconstruction_losses(drawn, pixels, self.recipe.loss)
+        given = self.codec.from_shown(pixels)
+        output, headed = model(given, length, wanted)
+        losses, drawn = {"loss": pixels.new_zeros(())}, pixels
+        if self.compares_pixels:
+            drawn = self.codec.to_shown(self.codec.pixels_of(output.reconstruction.float()))
+            losses = reconstruction_losses(drawn, pixels, self.recipe.loss)
         named = {"quantizer": output.quantizer_loss}
         if output.velocity_loss is not None:
             named["velocity"] = output.velocity_loss
@@ -204,6 +224,10 @@ class CodecTask:
             named["distill"] = distillation_loss(self.distill, output.features, pixels)
         if self.recipe.disentangle:
             named["disentangle"] = disentangling_loss(output.vectors, len(self.codec.quantizer.sizes))
+        if self.pivot is not None:
+            named["pivot"] = self.pivot.loss(output.cells, given)
+        if self.relation is not None:
+            named["relation"] = self.relation.loss(self.codec)
         named |= headed
         total = losses["loss"]
         for name, loss in named.items():
@@ -220,7 +244,7 @@ class CodecTask:
             codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)))
             figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
             used.append(codes.ids[codes.mask])
-        self.codec.train()
+        hold(self.codec, self.recipe.held)
         spec = self.codec.spec_without_fingerprint
         if spec.sizes:
             figures["codes_used_in_validation"] = spec.share_used(torch.cat(used))
@@ -233,11 +257,13 @@ class CodecTask:
         shown = torch.cat([pixels[: SHEET_SIZE // len(self.held_out) + 1] for pixels in self.held_out.values()])
         codes = self.codec.encode(self.codec.from_shown(shown.to(self.codec.device)))
         rows = [shown, self.codec.pictures(codes).cpu()]
-        self.codec.train()
+        hold(self.codec, self.recipe.held)
         contact_sheet([p for row in rows for p in to_pictures(row)], path, columns=len(shown))
 
     def save(self, path: Path) -> None:
-        retire_duplicates(self.codec.eval(), self.pool[:COUNTED])
+        self.codec.eval()
+        if "quantizer" not in self.recipe.held:
+            retire_duplicates(self.codec, self.pool[:COUNTED])
         self.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
         VisualCodecImageProcessor.for_codec(self.codec.config).save_pretrained(path)
 
@@ -246,9 +272,12 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
     """Raise `ValueError` where a codec cannot be trained towards what the recipe names, before anything is loaded."""
     grid = codec.grid(codec.image_size, codec.image_size)
     for length in recipe.lengths.values:
-        codec.length_policy.arrange(grid, length)
+        codec.length_policy.arrange_learned(grid, length)
     if recipe.lengths.by_picture and not codec.length_policy.filled:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
+    check_held(recipe.held, recipe.pivot, codec)
+    if recipe.relation.model:
+        check_relation(recipe.relation, codec)
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
         raise ValueError("distill names a model, and this codec rebuilds no features; take a decoder of kind 'dual'.")
     for name, config in recipe.align.items():
@@ -262,23 +291,9 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
         vision_tower(recipe.perceptual.model)
     if recipe.perceptual.lpips:
         Lpips(recipe.perceptual.lpips)
-    for teacher in (recipe.distill, *recipe.align.values()):
+    for teacher in (recipe.distill, recipe.relation, *recipe.align.values()):
         if teacher.model:
             patch_tower(teacher.model)
-
-
-def named_tower(fields: dict[str, Any]) -> str | None:
-    """The folder or Hub name in `encoder.tower`, if it is one."""
-    tower = fields.get("encoder", {}).get("tower")
-    return tower if isinstance(tower, str) else None
-
-
-def begun_codec(fields: dict[str, Any]) -> VisualCodecModel:
-    """A codec with fresh weights; where `encoder.tower` is a folder or Hub name, around that model."""
-    tower = named_tower(fields)
-    if tower is None:
-        return VisualCodecModel(VisualCodecConfig(**fields))
-    return VisualCodecModel.from_tower(tower, **fields)
 
 
 def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
@@ -321,8 +336,7 @@ def reconstruction_losses(
 def train_codec(recipe: CodecRecipe) -> RunDirectory:
     """Train a codec and save it, with its image processor, under `model/` of the run directory."""
     torch.manual_seed(recipe.run.seed)
-    tower = named_tower(recipe.model)
-    config = VisualCodecConfig(**(recipe.model if tower is None else around_tower(tower, recipe.model)))
+    config = VisualCodecConfig(**continued_fields(recipe.begin, recipe.model))
     check_objectives(recipe, config)
     pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)

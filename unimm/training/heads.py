@@ -22,6 +22,7 @@ from unimm.training.objectives import CellFeatures, FeatureConfig, cosine_loss
 
 SPREAD = 0.02  # of fresh queries and positions
 HEAD_WIDTH = 64  # of an attention head
+CHANNELS = 4096  # of a picture whose times need no shift
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class AlignmentConfig(FeatureConfig):
     Args:
         slot: the branch of a product whose vectors alone are read; None for all.
         prefixes: numbers of codes that are read alone, and the share of each in the loss; empty for all codes.
+        noised: whether they are read from vectors on their way to noise, by `noised`, so that a flow over them means
+            something at every step (RecTok, 2512.13421).
 
     Raises:
         ValueError: no model, or shares that are none.
@@ -39,6 +42,7 @@ class AlignmentConfig(FeatureConfig):
     weight: float = 0.5
     slot: int | None = None
     prefixes: dict[int, float] = field(default_factory=dict)
+    noised: bool = False
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -130,6 +134,7 @@ class AlignmentHead(nn.Module):
     def __init__(self, config: AlignmentConfig, codec: VisualCodecModel, length: int, features: CellFeatures) -> None:
         super().__init__()
         self.slot, self.prefixes = config.slot, config.prefixes or {length: 1.0}
+        self.noised = config.noised
         self.num_slots = len(codec.quantizer.sizes) if config.slot is not None else 1
         dim, width = codec.dim // self.num_slots, features.width
         on_grid = codec.length.layout == "grid"
@@ -146,11 +151,25 @@ class AlignmentHead(nn.Module):
         """How far what is read of vectors `[B, N, D]` is from the unit features `[B, cells, width]`, in [0, 2]."""
         if self.slot is not None:
             vectors = vectors.chunk(self.num_slots, dim=-1)[self.slot]
+        if self.noised:
+            vectors = noised(vectors)
         losses = [
             share * cosine_loss(self.layers(self.cells(vectors[:, :codes])), wanted)
             for codes, share in self.prefixes.items()
         ]
         return torch.stack(losses).sum() / sum(self.prefixes.values())
+
+
+def noised(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors `[B, N, D]` at times t of a flow to noise, (1 - t) * vectors + t * noise, t drawn for each picture.
+
+    t is uniform and then shifted towards noise by s = sqrt(N * D / 4096), t to s * t / (1 + (s - 1) * t), since more
+    channels take more noise to be hidden (2403.03206).
+    """
+    shift = math.sqrt(vectors[0].numel() / CHANNELS)
+    time = torch.rand(len(vectors), 1, 1, device=vectors.device)
+    time = shift * time / (1 + (shift - 1) * time)
+    return torch.lerp(vectors, torch.randn_like(vectors), time.to(vectors.dtype))
 
 
 def disentangling_loss(vectors: torch.Tensor, num_slots: int) -> torch.Tensor:

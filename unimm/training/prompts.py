@@ -297,7 +297,7 @@ def paint(front: UniMM, parts: Sequence[Any], seed: int) -> list[Image.Image | N
     codec = front.model.codec
     pictures: list[Image.Image | None] = [None] * len(parts)
     whole = [place for place, part in enumerate(parts) if isinstance(part, ImagePart) and part.complete]
-    if not codec.decoder_options.makes_pixels:
+    if not codec.config.draws_pixels:
         drawn = front.decode([parts[place].codes for place in whole], seed=seed)
         for place, painted in zip(whole, drawn, strict=True):
             pictures[place] = painted.image

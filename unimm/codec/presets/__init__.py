@@ -1,4 +1,7 @@
-"""Codecs as data: a preset is a short YAML file that differs from the defaults of `VisualCodecConfig`."""
+"""Codecs as data: a preset is a short YAML file that differs from the defaults of `VisualCodecConfig`.
+
+One that rebuilds a paper without published weights names it under `paper`.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,18 @@ def load_preset(name: str) -> VisualCodecConfig:
     Raises:
         ValueError: no preset of that name.
     """
-    return VisualCodecConfig(**read_preset(__name__, name))
+    fields = read_preset(__name__, name)
+    fields.pop("paper", None)
+    return VisualCodecConfig(**fields)
+
+
+def paper_of(name: str) -> str | None:
+    """The paper that one of our own presets rebuilds, if it does.
+
+    Raises:
+        ValueError: no preset of that name.
+    """
+    return read_preset(__name__, name).get("paper")
 
 
 def tiny_codec_config() -> VisualCodecConfig:

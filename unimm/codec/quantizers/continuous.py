@@ -50,18 +50,30 @@ class GaussianConfig:
 
     Args:
         divergence: weight of the Kullback-Leibler divergence of a picture's latents from a standard normal.
+        project: whether a linear map gives mean and log variance; without it they are the halves of the channels.
     """
 
     divergence: float = 1e-6
+    project: bool = True
 
 
 class Gaussian(Continuous):
-    """A linear map gives the mean and the log variance of each latent, which is drawn in training, else the mean."""
+    """Latents with a mean and a log variance, which are drawn in training, else the mean.
+
+    Raises:
+        ValueError: channels that have no halves.
+    """
 
     def __init__(self, config: GaussianConfig, *, dim: int) -> None:
         super().__init__(ContinuousConfig(), dim=dim)
         self.divergence = config.divergence
-        self.to_moments = nn.Linear(dim, 2 * dim)
+        self.project = config.project
+        if not config.project and dim % 2:
+            raise ValueError(f"quantizer.project is False and vectors have {dim} channels; halves take an even number.")
+        self.to_moments: nn.Module = nn.Linear(dim, 2 * dim) if config.project else nn.Identity()
+
+    def out_dim(self, dim: int) -> int:
+        return dim if self.project else dim // 2
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
         mean, log_variance = self.to_moments(vectors).chunk(2, dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ class VQ(Quantizer):
             self._start(latents.detach().flatten(0, 1))
         if self.config.reanchor and self.training:
             self._reanchor(latents.detach().flatten(0, 1))
-        rows = self._rows()
+        rows = self.rows()
         ids = self._choose(latents.detach().flatten(0, 1), rows.detach()).view(latents.shape[:2])
         chosen = F.embedding(ids, rows)
         loss = self.config.commitment * F.mse_loss(latents, chosen.detach())
@@ -204,11 +205,7 @@ class VQ(Quantizer):
         enough = self.config.size <= len(latents)
         picks = torch.randperm(len(latents)) if enough else torch.randint(len(latents), (self.config.size,))
         rows = shared(latents[picks[: self.config.size].to(latents.device)])
-        for _ in range(self.config.kmeans_steps):
-            ids = nearest_rows(latents, rows)
-            counts = summed(torch.bincount(ids, minlength=self.config.size).to(rows.dtype))[:, None]
-            sums = summed(torch.zeros_like(rows).index_add_(0, ids, latents))
-            rows = self._normalized(torch.where(counts > 0, sums / counts.clamp_min(1), rows))
+        rows = lloyd(latents, rows, self.config.kmeans_steps, self._normalized)
         self.codebook.copy_(rows)
         if self.config.ema_decay is not None:
             self.sums.copy_(rows)
@@ -218,17 +215,18 @@ class VQ(Quantizer):
     def _reanchor(self, latents: torch.Tensor) -> None:
         """Move each row the further towards the nearest of `[M, D]` vectors the rarer it has been."""
         weight = torch.exp(-10 * self.config.size * self.shares / (1 - SHARE_DECAY) - 1e-3)[:, None]
-        rows = self._rows()
+        rows = self.rows()
         self.codebook.lerp_(shared(latents[self._scores(latents, rows).argmax(dim=0)]), weight)
-        counts = summed(torch.bincount(self._search(latents, self._rows()), minlength=self.config.size))
+        counts = summed(torch.bincount(self._search(latents, self.rows()), minlength=self.config.size))
         self.shares.lerp_(counts / counts.sum(), 1 - SHARE_DECAY)
 
-    def _rows(self) -> torch.Tensor:
+    def rows(self) -> torch.Tensor:
+        """What vectors are compared with, `[size, dim]`; a gradient reaches what the rows are made of."""
         rows = self.row_map(self.codebook)
         return rows if self.config.raw_rows else self._normalized(rows)
 
     def _rows_of_codes(self) -> torch.Tensor:
-        return self.row_map(self.codebook) if self.config.raw_lookup else self._rows()
+        return self.row_map(self.codebook) if self.config.raw_lookup else self.rows()
 
     def _normalized(self, rows: torch.Tensor) -> torch.Tensor:
         if not self.config.normalize:
@@ -261,6 +259,22 @@ def shared(values: torch.Tensor) -> torch.Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(values, src=0)
     return values
+
+
+def lloyd(
+    vectors: torch.Tensor, rows: torch.Tensor, steps: int, normalized: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Rows `[S, D]` moved so many times to the means of the vectors `[M, D]`, of all processes, nearest to each.
+
+    Args:
+        normalized: what is done to the means.
+    """
+    for _ in range(steps):
+        ids = nearest_rows(vectors, rows)
+        counts = summed(torch.bincount(ids, minlength=len(rows)).to(rows.dtype))[:, None]
+        sums = summed(torch.zeros_like(rows).index_add_(0, ids, vectors))
+        rows = normalized(torch.where(counts > 0, sums / counts.clamp_min(1), rows))
+    return rows
 
 
 def nearest_rows(vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from unimm.codec import VisualCodecConfig
+from unimm.codec.vae import VaeConfig, stock_fields
 from unimm.conversion.upstream import (
     LEAVES,
     Plan,
@@ -17,7 +18,7 @@ from unimm.conversion.upstream import (
 )
 
 ENCODER, DECODER = r"encoder\.module_dict", r"decoder\.module_dict"
-WITHOUT_EFFECT = (r"vae\..*",)  # the stock VAE whose latents the codec reads and draws
+VAE = r"vae\.vae\."  # the stock one whose latents the codec reads and draws
 
 
 def mlp_width(width: int) -> int:
@@ -61,10 +62,11 @@ def decoder_renames(patch: int) -> tuple[Rename, ...]:
 
 
 def plan(upstream: UpstreamConfig) -> Plan:
-    """The plan of `FlexTok` without its VAE.
+    """The plan of `FlexTok`, with its VAE where `vae`, the fields of that one's own configuration, is among the
+    arguments.
 
     Raises:
-        ValueError: a width that heads do not divide.
+        ValueError: a width that heads do not divide, or a VAE that is none of `AutoencoderKL` or of other latents.
     """
     width, drawn_width, head = upstream.get("enc_dim"), upstream.get("dec_dim"), upstream.get("head_dim", 64)
     tokens, side, patch = upstream.get("registers"), upstream.get("grid"), upstream.get("patch", 2)
@@ -72,8 +74,10 @@ def plan(upstream: UpstreamConfig) -> Plan:
     if width % head or drawn_width % head:
         raise ValueError(f"enc_dim is {width}, dec_dim {drawn_width} and head_dim {head}, which must divide both.")
     grid = {"rows": side, "columns": side}
+    vae = upstream.get("vae", None)
+    vae = None if vae is None else stock_fields(vae)
     config = VisualCodecConfig(
-        image_size=side * patch,
+        image_size=side * patch * (1 if vae is None else VaeConfig(vae).factor),
         encoder={"kind": "patches", "patch": patch, "width": width, "latent_channels": channels},
         resampler={
             "kind": "registers",
@@ -98,6 +102,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
             "mlp_width": mlp_width(drawn_width),
             **grid,
         },
+        vae=vae,
     )
     patches = rf"{ENCODER}\.enc_patch_emb\.patch_proj"
     renames = (
@@ -109,7 +114,9 @@ def plan(upstream: UpstreamConfig) -> Plan:
         Rename(rf"{ENCODER}\.enc_to_latents\.proj\.{LEAVES}", r"resampler.to_positions.\g<leaf>"),
         *decoder_renames(patch),
     )
-    return Plan(config, renames, WITHOUT_EFFECT)
+    if vae is None:
+        return Plan(config, renames, without_effect=(rf"{VAE}.*",))
+    return Plan(config, (*renames, Rename(rf"{VAE}(.*)", r"vae.autoencoder.\1")))
 
 
 TOKENIZER = Upstream(

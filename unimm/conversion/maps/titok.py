@@ -71,10 +71,10 @@ def decoder_renames() -> tuple[Rename, ...]:
     """Everything up to the head."""
     return (
         *transformer_renames("decoder", "decoder.transformer"),
-        *under("decoder", "decoder", {"decoder_embed": "embed", "text_guidance_proj": "embed_condition"}),
+        *under("decoder", "decoder", {"decoder_embed": "embed", "text_guidance_proj": "text.embed"}),
         Rename(r"decoder\.mask_token", "decoder.mask_token"),
         Rename(r"decoder\.latent_token_positional_embedding", "decoder.code_positions"),
-        Rename(r"decoder\.text_guidance_positional_embedding", "decoder.condition_positions"),
+        Rename(r"decoder\.text_guidance_positional_embedding", "decoder.text.positions"),
     )
 
 
@@ -124,6 +124,22 @@ def soft_codebook(upstream: UpstreamConfig) -> dict[str, Any]:
     return {"size": vqgan["num_embeddings"], "pyramid": pyramid}
 
 
+def _quantizer(upstream: UpstreamConfig, dim: int) -> dict[str, Any]:
+    """Options of the codebook, or of the continuous latents that stand for it."""
+    mode = upstream.get("model.vq_model.quantize_mode", "vq")
+    if mode not in ("vq", "vae"):
+        raise ValueError(f"model.vq_model.quantize_mode is {mode!r}; it must be 'vq' or 'vae'.")
+    if mode == "vae":
+        return {"kind": "gaussian", "project": False}
+    return {
+        "kind": "vq",
+        "size": upstream.get("model.vq_model.codebook_size"),
+        "dim": dim,
+        "normalize": upstream.get("model.vq_model.use_l2_norm", False),
+        "project": False,
+    }
+
+
 def make_plan(
     upstream: UpstreamConfig, *, scramble: bool, two_stage: bool, prefixes: bool = False, conditioned: bool = False
 ) -> Plan:
@@ -140,9 +156,11 @@ def make_plan(
     encoder, decoder = _size(upstream, "enc"), _size(upstream, "dec")
     patch_in, patch_out = (upstream.get(f"model.vq_model.vit_{name}_patch_size") for name in ("enc", "dec"))
     tokens, dim = upstream.get("model.vq_model.num_latent_tokens"), upstream.get("model.vq_model.token_size")
-    if upstream.get("model.vq_model.quantize_mode", "vq") != "vq":
+    quantizer = _quantizer(upstream, dim)
+    continuous = quantizer["kind"] == "gaussian"
+    if continuous and two_stage:
         raise ValueError(
-            "model.vq_model.quantize_mode is 'vae'; continuous latents have no codes, convert a 'vq' model."
+            "model.vq_model.quantize_mode is 'vae' and finetune_decoder True; continuous latents have no second stage."
         )
     decoder_options: dict[str, Any] = {
         "kind": "mask_vit",
@@ -168,19 +186,13 @@ def make_plan(
         resampler={
             "kind": "latent",
             "tokens": tokens,
-            "dim": dim,
+            "dim": 2 * dim if continuous else dim,  # means, then log variances
             "depth": encoder["layers"],
             "num_heads": encoder["heads"],
             "scramble": scramble,
             **grid,
         },
-        quantizer={
-            "kind": "vq",
-            "size": upstream.get("model.vq_model.codebook_size"),
-            "dim": dim,
-            "normalize": upstream.get("model.vq_model.use_l2_norm", False),
-            "project": False,
-        },
+        quantizer=quantizer,
         length={"kind": "sequence", "tokens": tokens, "prefixes": prefixes, **grid},
         decoder=decoder_options,
     )
@@ -188,7 +200,8 @@ def make_plan(
         head = soft_codebook_renames(len(decoder_options["soft_codebook"]["pyramid"]["channels"]))
     else:
         head = pixel_head_renames(patch_out)
-    renames = (*encoder_renames(), *decoder_renames(), *head, *CODEBOOK)
+    codebook = () if continuous else CODEBOOK
+    renames = (*encoder_renames(), *decoder_renames(), *head, *codebook)
     return Plan(config, renames, without_effect=(r"quantize\.embed_prob",))
 
 
