@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from unimm.codec.cell_flow import ModulatedMLP
+from unimm.codec.checks import check_condition, check_pixels
 from unimm.codec.configuration import VisualCodecConfig, described, socket_config
 from unimm.codec.decoders import DecoderOptions
 from unimm.codec.dual import TwoSidedDecoder
@@ -33,9 +34,6 @@ from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock
 from unimm.nn.gated import ModulatedGatedBlock
 from unimm.nn.pyramid import PyramidBlock
-
-SLACK = 0.01  # beyond the range of pixels, for resampled pictures
-NORMALISED_SLACK = 8.0  # for pixels normalised by channel: any noise of their scale passes, bytes do not
 
 
 @dataclass
@@ -184,8 +182,8 @@ class VisualCodecModel(PreTrainedModel):
                 `allowed_error` that it cannot be asked for, or a condition that is missing or not wanted.
         """
         pixel_values = self._fit(pixel_values)
-        arrangement = self.length.arrange(self._check_pixels(pixel_values), num_tokens)
-        self._check_condition(condition, len(pixel_values), self.resampler.condition_size, "encodes")
+        arrangement = self.length.arrange(check_pixels(self.config, pixel_values), num_tokens)
+        check_condition(condition, len(pixel_values), self.resampler.condition_size, "encodes")
         if allowed_error is not None and not isinstance(self.resampler, HaltingResampler):
             raise ValueError(f"allowed_error is {allowed_error}; this codec makes as many codes whatever the error.")
         with torch.no_grad():
@@ -218,7 +216,7 @@ class VisualCodecModel(PreTrainedModel):
         if not isinstance(self.resampler, SelectResampler):
             raise ValueError("This codec keeps every cell; only one that selects them tells which.")
         pixel_values = self._fit(pixel_values)
-        self._check_pixels(pixel_values)
+        check_pixels(self.config, pixel_values)
         with torch.no_grad():
             features = self.encoder(self._read(pixel_values))
             return features.flatten(2).transpose(1, 2), self.resampler.select(features, generator)
@@ -267,7 +265,7 @@ class VisualCodecModel(PreTrainedModel):
             ValueError: ids out of range, codes of several sizes, or a condition that is missing or not wanted.
         """
         grid = self._check_codes(codes)
-        self._check_condition(condition, len(codes), self.decoder_options.condition_size, "decodes")
+        check_condition(condition, len(codes), self.decoder_options.condition_size, "decodes")
         with torch.no_grad():
             if isinstance(self.decoder, KeptViTDecoder):
                 return self.decoder(self.lookup(codes), codes.mask, places_of(codes, self.length.max_length))
@@ -362,8 +360,8 @@ class VisualCodecModel(PreTrainedModel):
                 f"num_tokens are {num_tokens.tolist()}; numbers for each picture, of 1 or more, need a codec of "
                 "length.filled: true."
             )
-        arrangement: Arrangement = self.length.arrange_learned(self._check_pixels(pixel_values), most)
-        self._check_condition(condition, len(pixel_values), self.condition_size, "learns")
+        arrangement: Arrangement = self.length.arrange_learned(check_pixels(self.config, pixel_values), most)
+        check_condition(condition, len(pixel_values), self.condition_size, "learns")
         reading, drawing = self._conditions(condition)
         if isinstance(self.resampler, SelectResampler):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
@@ -523,45 +521,11 @@ class VisualCodecModel(PreTrainedModel):
         self.length.check_grid(codes.grid[0])
         return codes.grid[0]
 
-    def _check_condition(
-        self, condition: torch.Tensor | None, batch: int, size: tuple[int, int] | None, does: str
-    ) -> None:
-        if size is None and condition is not None:
-            raise ValueError(f"This codec takes no condition, and one of {tuple(condition.shape)} was given.")
-        if size is not None and (condition is None or condition.shape != (batch, *size)):
-            seen = "missing" if condition is None else str(tuple(condition.shape))
-            raise ValueError(
-                f"This codec {does} under a text, and its features are {seen}; "
-                f"give condition=, floats {(batch, *size)}."
-            )
-
     def _fit(self, pixel_values: torch.Tensor) -> torch.Tensor:
         side = self.config.image_size
         if not self.config.resize or pixel_values.ndim != 4 or pixel_values.shape[2:] == (side, side):
             return pixel_values
         return F.interpolate(pixel_values, (side, side), mode="bilinear", align_corners=False, antialias=True)
-
-    def _check_pixels(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        channels = self.config.in_channels
-        shaped = pixel_values.ndim == 4 and pixel_values.shape[1] == channels and pixel_values.numel() > 0
-        if not shaped or not pixel_values.is_floating_point():
-            way_out = "Use the codec's image processor." if self.config.reads_pixels else "They are a VAE's latents."
-            raise ValueError(
-                f"pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}; they must be floats "
-                f"[B, {channels}, H, W]. {way_out}"
-            )
-        if not self.config.reads_pixels:
-            return self.config.grid(pixel_values.shape[2], pixel_values.shape[3])
-        low, high = pixel_values.aminmax()
-        black, white = self.config.pixel_range
-        slack = SLACK if self.config.pixel_mean is None else NORMALISED_SLACK
-        if not black - slack <= float(low) <= float(high) <= white + slack:
-            raise ValueError(
-                f"pixel_values range over [{float(low):.2f}, {float(high):.2f}]; the codec takes "
-                f"[{black:g}, {white:g}]. Use the codec's image processor, or scale by "
-                f"{white - black:g} * x / 255 {black:+g}."
-            )
-        return self.config.grid(pixel_values.shape[2], pixel_values.shape[3])
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
