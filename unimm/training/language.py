@@ -74,8 +74,9 @@ class LanguageRecipe:
         bf16: whether to compute in it; None where the processor is fast in it.
         compile: by TorchInductor: minutes at the start, then steps that wait less for memory.
         gradient_checkpointing: compute activations twice rather than keep them.
-        attention: how transformers computes it, as `flash_attention_2`, which is what keeps packs cheap: `sdpa`, the
-            default, computes the whole pack and masks it.
+        attention: how transformers computes it, as `flash_attention_2`, which is what keeps packs cheap, or
+            `flex_attention`, which needs no other package and compiles first: `sdpa`, the default, computes the whole
+            pack and masks it.
     """
 
     task: str
