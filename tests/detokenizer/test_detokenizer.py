@@ -128,9 +128,9 @@ def test_every_weight_learns():
         assert weight.grad.isfinite().all(), name
 
 
-def untrained(decoder):
+def untrained(decoder, **fields):
     torch.manual_seed(0)
-    codec = VisualCodecModel(VisualCodecConfig(**CODEC, decoder=decoder)).eval()
+    codec = VisualCodecModel(VisualCodecConfig(**CODEC, **fields, decoder=decoder)).eval()
     sizes = {"patch_size": 4, "width": 16, "depth": 1, "num_heads": 2}
     recipe = DetokenizerRecipe(
         "detokenizer", RunConfig("run"), PoolConfig({"shapes": 1.0}), OptimizerConfig(steps=1), codec="", model=sizes
@@ -152,6 +152,7 @@ def test_untrained_it_predicts_the_codecs_own_decoding(channels, sigma):
 def test_a_sketch_learns_unless_it_is_the_codecs():
     _, held = untrained({"kind": "conv", "patch": 8, "channels": [24], "blocks": 1})
     _, learning = untrained({"kind": "vit", "patch": 8, "width": 16, "depth": 1, "num_heads": 2})
+    _, ranged = untrained({"kind": "conv", "patch": 8, "channels": [24], "blocks": 1}, pixel_range=(0.0, 1.0))
     names = {name for name, weight in held.named_parameters() if not weight.requires_grad}
     assert {name.split(".")[0] for name in names} == {"code_embeddings", "sketch_in", "sketch"}
-    assert all(weight.requires_grad for weight in learning.parameters())
+    assert all(weight.requires_grad for other in (learning, ranged) for weight in other.parameters())

@@ -315,20 +315,21 @@ class VisualCodecModel(PreTrainedModel):
 
     def to_shown(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels of the codec's own range as pixels in [-1, 1]."""
-        if self._shows_as_it_reads:
+        if self.shows_as_it_reads:
             return pixels
         black, white = (pixels.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
         return (pixels - black) * (2 / (white - black)) - 1
 
     def from_shown(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] as pixels of the codec's own range."""
-        if self._shows_as_it_reads:
+        if self.shows_as_it_reads:
             return pixels
         black, white = (pixels.new_tensor(bound)[:, None, None] for bound in self.config.pixel_bounds)
         return (pixels + 1) * ((white - black) / 2) + black
 
     @property
-    def _shows_as_it_reads(self) -> bool:
+    def shows_as_it_reads(self) -> bool:
+        """Whether its own range of pixels is [-1, 1], that of every picture here."""
         return self.config.pixel_mean is None and self.config.pixel_range == (-1.0, 1.0)
 
     def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:

@@ -158,9 +158,13 @@ def begin_transformer(recipe: DetokenizerRecipe, codec: VisualCodecModel) -> Cod
 
 
 def _convolutions(codec: VisualCodecModel) -> tuple[nn.Linear, ConvDecoderConfig] | None:
-    """The linear map from codes to a convolutional decoder, and that decoder's sizes, of a codec that has both."""
+    """The linear map from codes to a convolutional decoder, and that decoder's sizes, of a codec that has both and draws
+    in [-1, 1], as a denoiser does.
+    """
     options = codec.decoder_options
     if not isinstance(options, ConvDecoderConfig) or not isinstance(codec.resampler, GridResampler):
+        return None
+    if not codec.shows_as_it_reads:
         return None
     to_grid = codec.resampler.to_grid
     return (to_grid, options) if isinstance(to_grid, nn.Linear) else None
