@@ -158,8 +158,8 @@ def begin_transformer(recipe: DetokenizerRecipe, codec: VisualCodecModel) -> Cod
 
 
 def _convolutions(codec: VisualCodecModel) -> tuple[nn.Linear, ConvDecoderConfig] | None:
-    """The linear map from codes to a convolutional decoder, and that decoder's sizes, of a codec that has both and draws
-    in [-1, 1], as a denoiser does.
+    """The linear map from codes to a convolutional decoder, and that decoder's sizes, of a codec that has both and
+    draws in [-1, 1], as a denoiser does.
     """
     options = codec.decoder_options
     if not isinstance(options, ConvDecoderConfig) or not isinstance(codec.resampler, GridResampler):
