@@ -1,8 +1,8 @@
 """A few rows times a large weight on a GPU, at the speed of reading the weight once.
 
-A step of one token multiplies one or two rows by every weight. Libraries make tiles of matrix units for it, of which
-most is empty; sums along the rows of the weight, which this kernel takes, keep more reads in flight. Weights may be
-int8, and become floats only in registers.
+A step of one token multiplies one or two rows by every weight. Sums along the rows of a large weight, which this kernel
+takes, read it faster than the tiles of matrix units that libraries make. Weights may be int8, and become floats only in
+registers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-MOST_ROWS = 4  # beyond, matrix units win
+MOST_ROWS = 4  # beyond, the sums of a tile fill the registers
 SMALLEST = 2**26  # bytes of a weight in floats; below, the libraries' products are as fast
 HAS_TRITON = find_spec("triton") is not None
 TILES = {1: (8, 512, 4), 2: (4, 512, 4)}  # bytes of a number: outputs and inputs of a tile, and its warps
