@@ -145,7 +145,8 @@ class LanguageTrainer(Trainer):
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         means, counts = torch.stack([outputs.text_loss, outputs.image_loss]).detach(), self._count_targets(inputs)
         self._halves.append(torch.stack([means * counts, counts]))
-        loss = outputs.loss * self.accelerator.num_processes  # over which gradients are averaged
+        # Gradients are averaged over processes, which then share the targets of a step.
+        loss = outputs.loss if num_items_in_batch is None else outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
