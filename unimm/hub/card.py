@@ -56,7 +56,7 @@ On combinations that training never shows; ceilings are ground-truth pictures af
 Apache-2.0. Emoji pictures were rendered from Noto Color Emoji (SIL OFL 1.1); the font is not included.
 """
 DETOKENIZER = """ A rectified-flow detokenizer of {parameters} weights in `detokenizer/` draws the same codes in 4 to 20
-steps: it begins at what the codec's own decoder draws in one pass, and adds detail to it:
+steps from noise, and sees what the codec's own decoder draws of them in one pass, to which it adds detail:
 `model.generate(prompt, diffusion_steps=8)`."""
 
 
