@@ -114,8 +114,6 @@ class LanguageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # it divides by the targets of the step, and not by micro-batches again
         self.optimizer_config = optimizer_config
-        if self.is_fsdp_enabled:  # the codec does not learn, and draws the samples by itself, so that it stays whole
-            self.accelerator.state.fsdp_plugin.ignored_modules = r"model\.visual"
         self._halves: list[torch.Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
@@ -299,6 +297,8 @@ def run_to_end(
         ValueError: an adapter of weights that are spread over processes.
     """
     sharded = is_sharded(trainer)
+    if trainer.is_fsdp_enabled:  # the codec does not learn, and is called by itself, so that it stays whole
+        trainer.accelerator.state.fsdp_plugin.ignored_modules = r"model\.visual"
     checkpoint = last_whole_checkpoint(directory.checkpoints)
     if trainer.is_world_process_zero():
         directory.rewind(checkpoint_step(checkpoint) if checkpoint else 0)
