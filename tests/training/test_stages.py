@@ -11,13 +11,16 @@ import torch
 import yaml
 from conftest import needs_font
 
+from unimm import UniMMForConditionalGeneration
 from unimm.codec import VisualCodecModel, load_preset
 from unimm.config import from_dict, read_yaml
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.data.rows import read_rows, row_pictures, write_rows
 from unimm.detokenizer import CodesToImagePipeline
+from unimm.sequence import Levels
 from unimm.training.codec import CodecTask
 from unimm.training.loop import check_finite
+from unimm.training.policy import load_policy
 from unimm.training.pool import held_out_pixels
 from unimm.training.recipe import STAGES, train
 from unimm.training.run_directory import RunConfig, RunDirectory
@@ -235,6 +238,31 @@ def test_language_stages_run_and_resume(trained_codec, tmp_path):
     )
     assert (tuned.samples / "step-00000004.png").exists()
     assert (tuned.model / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 2}])
+def test_a_model_learns_to_draw_by_levels_and_is_saved_as_one(trained_codec, tmp_path, adapter):
+    first = train(language_recipe(tmp_path, trained_codec, "first"))
+    tuned = train(
+        language_recipe(
+            tmp_path,
+            trained_codec,
+            "levels",
+            task="sft",
+            init_from=str(first.model),
+            codec=None,
+            levels=[1, 3, 12],
+            **({} if adapter is None else {"adapter": adapter}),
+        )
+    )
+    before, model = (UniMMForConditionalGeneration.from_pretrained(run.model) for run in (first, tuned))
+    assert model.config.drawing_levels == Levels((1, 3, 12))
+    asks = model.config.image_token_id
+    moved = [old.get_input_embeddings().weight[asks] for old in (before, model)]
+    assert not moved[0].equal(moved[1])
+    assert (tuned.samples / "step-00000004.png").exists()  # drawn by levels
+    with pytest.raises(ValueError, match=r"draws by levels of \[1, 3, 12\]"):
+        load_policy(str(tuned.model), None)
 
 
 def test_bad_recipes_are_refused_before_they_cost_time(tmp_path):

@@ -8,12 +8,16 @@ picture the host never waits for an id: which rows are legal at each place of a 
 With a window the codes of a picture are guessed ahead and checked together (Jacobi iteration on fixed noise; compare
 2410.01699 and 2510.24211). Sampling by the Gumbel trick makes a code a function of the codes before it and of its own
 noise, so guesses that come out as they went in are the codes that one step at a time would have drawn.
+
+A model that draws by levels is asked for all codes of a level at once, by placeholders in their places, which are
+forgotten when the codes are known (see `unimm.unified.levels`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -31,7 +35,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.streamers import BaseStreamer
 
 from unimm.generation.processors import ClassifierFreeGuidance, GrammarLogitsProcessor
-from unimm.sequence import SpanGrammar
+from unimm.sequence import Levels, SpanGrammar
 
 # Warpers see scores only, so they do the same on the legal ids alone as on a row where the others are -inf.
 WARPERS = (
@@ -138,6 +142,7 @@ class Engine:
         stop_ids: ids that end a row.
         window: codes that one pass checks inside a picture. They are drawn one at a time where it is 1, where rows of
             a batch are at different places, and where scores are kept.
+        levels: of a model that draws by them; None draws one code after the other.
     """
 
     def __init__(
@@ -150,8 +155,10 @@ class Engine:
         pad_token_id: int,
         stop_ids: frozenset[int],
         window: int = 1,
+        levels: Levels | None = None,
     ) -> None:
         self.window = window
+        self.level_starts = None if levels is None else levels.starts(grammar.longest)
         self.decoder, self.grammar, self.do_sample = decoder, grammar, do_sample
         self.pad_token_id, self.stop_ids = pad_token_id, stop_ids
         self.warpers = [processor for processor in processors if isinstance(processor, WARPERS)]
@@ -185,6 +192,10 @@ class Engine:
             max_length: of a whole sequence.
             streamer: is given every new id.
             keep_scores: return the processed scores, `-inf` at ids that were not legal.
+
+        Raises:
+            ValueError: a picture by levels that begins inside a level, with kept scores, or in rows at different
+                places.
         """
         batch, length = input_ids.shape
         sequences = torch.nn.functional.pad(input_ids, (0, max_length - length), value=self.pad_token_id)
@@ -197,7 +208,11 @@ class Engine:
             known = min(len(plan) for plan in plans if plan)
             steps = min(known, max_length - length)
             guided = max(self._guided(row) for row, done in zip(rows, finished, strict=True) if not done)
-            if self.window > 1 and not keep_scores and all(plan == plans[0] for plan in plans):
+            places = {self._place(row) for row, done in zip(rows, finished, strict=True) if not done}
+            if places != {None}:
+                alive = torch.tensor([not done for done in finished], device=hidden.device)
+                run = self._by_levels(self._one_plan(plans, places, keep_scores), places.pop(), steps, alive, guided)
+            elif self.window > 1 and not keep_scores and all(plan == plans[0] for plan in plans):
                 assert plans[0] is not None
                 run = self._ahead(hidden[:, -1], plans[0][:steps], guided)
             else:
@@ -272,6 +287,52 @@ class Engine:
                 scores.append(kept)
             if step < steps - 1:
                 hidden = self._step(ids[:, None], step + 1 < guided)[:, -1]
+
+    def _place(self, row: Sequence[int]) -> int | None:
+        """Which code of a picture comes after a row's ids; None where none comes, or where none is drawn by levels."""
+        return None if self.level_starts is None else self.grammar.place_after(row)
+
+    def _one_plan(
+        self, plans: Sequence[Sequence[Step] | None], places: set[int | None], keep_scores: bool
+    ) -> Sequence[Step]:
+        """The plan of all rows that have not ended, whose pictures are at these places."""
+        one, *others = [plan for plan in plans if plan]
+        if keep_scores or len(places) > 1 or any(plan != one for plan in others):
+            raise ValueError(
+                f"Rows are at codes {places} of their pictures, and output_scores is {keep_scores}; drawing by levels "
+                "keeps no scores and takes rows of one size at one place: give generation_mode='image' and a grid."
+            )
+        if one[-1].state != self.grammar.num_states - 1:
+            raise ValueError("Drawing by levels needs to know how long a picture is; give num_codes.")
+        return one
+
+    def _by_levels(
+        self, plan: Sequence[Step], place: int | None, steps: int, alive: torch.Tensor, guided: int
+    ) -> Iterator[torch.Tensor]:
+        """The same a level at a time: the codes from `place` on, then `<eoi>`; rows that are not alive are padded."""
+        starts, token, end = self.level_starts, self.grammar.vocabulary.image_token_id, len(plan) - 1
+        assert starts is not None
+        assert place is not None
+        if starts[place] != place:
+            raise ValueError(
+                f"The picture goes on at code {place}, inside the level of {starts[place]}; begin where a level does."
+            )
+        levels = [list(level) for _, level in groupby(range(end), key=lambda step: starts[place + step])]
+        unread = list[torch.Tensor]()  # [B, n], drawn and not in the cache
+        for level in [*levels, [end]]:
+            first, size = level[0], len(level)
+            if first >= steps:
+                return
+            if first < end:
+                asked = torch.full((len(alive), size), token, device=alive.device)
+                states = self._step(torch.cat([*unread, asked], dim=1), first < guided)[:, -size:]
+                self.decoder.rewind(size)
+            else:
+                states = self._step(unread[0], first < guided)[:, -1:]
+            noise = [self._noise(len(alive), self._legal(plan[step].state, alive.device)) for step in level]
+            found = torch.stack(self._choose_together(states, [plan[step] for step in level], noise), dim=1)
+            unread = [found.masked_fill(~alive[:, None], self.pad_token_id)]
+            yield from unread[0][:, : steps - first].unbind(dim=1)
 
     def _ahead(self, hidden: torch.Tensor, plan: Sequence[Step], guided: int) -> Iterator[torch.Tensor]:
         """The same by guesses, for rows that all have one plan."""

@@ -80,8 +80,8 @@ class UniMMGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: an unknown mode, a grid or number of codes that no legal picture has, a window below 1 or beside
-                the stock loop, an interval that is none, or guidance with beam search, assisted or prompt-lookup
-                decoding.
+                the stock loop, an interval that is none, guidance with beam search, assisted or prompt-lookup
+                decoding, or a model that draws by levels where the engine cannot.
         """
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
@@ -89,6 +89,8 @@ class UniMMGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"jacobi_window is {jacobi_window} and stock {stock}; give 1 or more, and 1 with stock=True."
             )
+        if jacobi_window > 1:
+            self._refuse_levels("a jacobi_window")
         grammar = self.config.grammar if num_codes is None else self.config.grammar.of_length(num_codes)
         config = copy.deepcopy(generation_config or self.generation_config)
         if generation_mode == "image":
@@ -142,8 +144,9 @@ class UniMMGenerationMixin(GenerationMixin):
         (`placed`).
 
         Raises:
-            ValueError: guidance or asynchronous batching; see `continuous_config`.
+            ValueError: guidance or asynchronous batching (see `continuous_config`), or a model that draws by levels.
         """
+        self._refuse_levels("continuous batching")
         config = continuous_config(continuous_batching_config, generation_config or self.generation_config)
         return super().init_continuous_batching(generation_config, config, workload_hints)
 
@@ -167,6 +170,8 @@ class UniMMGenerationMixin(GenerationMixin):
         free = not (stock or synced_gpus or self.training or recorded or choices)
         decoder = self.decoder() if free and is_covered(logits_processor, stopping_criteria) else None
         if decoder is None:
+            if self.config.vocabulary.boi_token_id not in (config.suppress_tokens or []):
+                self._refuse_levels("the stock loop or what needs it")
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -187,6 +192,7 @@ class UniMMGenerationMixin(GenerationMixin):
             pad_token_id=self.config.vocabulary.pad_token_id,
             stop_ids=frozenset(ends),
             window=window,
+            levels=self.config.drawing_levels,
         )
         drawn = engine.generate(
             input_ids,
@@ -200,6 +206,11 @@ class UniMMGenerationMixin(GenerationMixin):
         if not config.return_dict_in_generate:
             return drawn.sequences
         return GenerateDecoderOnlyOutput(sequences=drawn.sequences, scores=drawn.scores)
+
+    def _refuse_levels(self, unable: str) -> None:
+        """Say that a model which draws by levels cannot draw so."""
+        if self.config.drawing_levels is not None:
+            raise ValueError(f"Its configuration has levels, by which the engine alone draws, not {unable}.")
 
     def _refuse_unguidable(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         beams, lookup = config.num_beams or 1, config.prompt_lookup_num_tokens

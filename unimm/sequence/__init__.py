@@ -4,6 +4,7 @@ In: messages, `VisualCodes`. Out: `input_ids`, spans, parts of an answer. Never 
 """
 
 from unimm.sequence.grammar import ImageSpan, SpanGrammar, TextSpan
+from unimm.sequence.levels import Levels
 from unimm.sequence.processing import IGNORED_LABEL, EncodedMessages, ImagePart, TextPart, UniMMProcessor
 from unimm.sequence.shapes import SpanShape, SpelledSizes, read_shapes, shape_fields
 from unimm.sequence.text_vocabulary import train_text_tokenizer
@@ -14,6 +15,7 @@ __all__ = [
     "EncodedMessages",
     "ImagePart",
     "ImageSpan",
+    "Levels",
     "SpanGrammar",
     "SpanShape",
     "SpelledSizes",

@@ -143,6 +143,14 @@ class SpanGrammar:
         code_state = torch.where(slot > 0, self._slot_state + slot, code_state)
         return torch.where(opened, torch.where(waiting > 0, waiting, code_state), 0)
 
+    def places(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which code of its picture stands at every position, counted from 0 over all slots, int64 `[B, T]` of ids
+        `[B, T]`; -1 where there is no code.
+        """
+        opened, since, node = self._read(input_ids)
+        spelled, _, _, waiting = (values.to(input_ids.device)[node] for values in self._tree.nodes)
+        return torch.where(opened & (waiting == 0) & (since > spelled), since - spelled - 1, -1)
+
     def within(self, input_ids: torch.Tensor, share: tuple[float, float]) -> torch.Tensor:
         """Whether what follows every position lies in a share of the codes of an open picture, bool `[B, T]`.
 
@@ -285,6 +293,17 @@ class SpanGrammar:
                 yield self.num_states - (1 if positions >= shape.max_positions else 2)
                 return
             yield self._slot_state + slot
+
+    def place_after(self, ids: Sequence[int]) -> int | None:
+        """Which code of its picture comes after `ids`, as `places` counts them; None where no code can come, or where
+        the size of the picture is not known yet.
+        """
+        after = self._after_opening(ids)
+        shape = None if after is None else self.shape_after(after)
+        if after is None or shape is None:
+            return None
+        place = len(after) - len(shape.prefix)
+        return place if place < shape.max_positions * self.vocabulary.num_codebooks else None
 
     def _after_opening(self, ids: Sequence[int]) -> Sequence[int] | None:
         """The ids after the `<boi>` of an open picture; None where none is open."""

@@ -90,6 +90,8 @@ def lora_config(model: UniMMForConditionalGeneration, config: AdapterConfig) -> 
         )
     vocabulary = model.config.vocabulary
     rows = list(range(vocabulary.image_token_offset, vocabulary.image_token_end))
+    if model.config.levels is not None:
+        rows.append(vocabulary.image_token_id)  # which asks for codes
     whole = _vision_parts(model) if config.vision_layers else []
     # Anchored, since the codec may have layers of the same names; layers that are trained whole need no update.
     wholly = "".join(rf"(?!{re.escape(name)}\.)" for name in whole)

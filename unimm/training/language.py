@@ -67,6 +67,9 @@ class LanguageRecipe:
         adapter: train a part of the weights only; without this section all of them are trained.
         tasks: shares of drawing, reading and both, and of drawing without a prompt.
         answers_only: learn the assistant's turns only.
+        levels: sizes of the levels that pictures are drawn by from here on, for a codec whose codes of a level can be
+            drawn without knowing each other (see `Levels`); None keeps what the model does, one code after the other
+            where it begins.
         image_loss_weight, z_loss_weight: see `factored_cross_entropy`.
         batch_size: items per step, over all processes: conversations, or packs of them.
         micro_batch: items per forward pass and process; None takes the process's share of the batch at once.
@@ -93,6 +96,7 @@ class LanguageRecipe:
     model: TextModelConfig = field(default_factory=TextModelConfig)
     tasks: TaskRates = field(default_factory=TaskRates)
     answers_only: bool = False
+    levels: tuple[int, ...] | None = None
     image_loss_weight: float = 1.0
     z_loss_weight: float = 0.0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -258,12 +262,14 @@ def _folder(recipe: LanguageRecipe) -> Path | None:
 
 
 def begin_or_load(recipe: LanguageRecipe) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
-    """The model that a recipe begins with or goes on from, with the recipe's attention and weights of losses.
+    """The model that a recipe begins with or goes on from, with the recipe's levels, attention and weights of losses.
 
     Raises:
         ValueError: neither or both, or an adapter of weights that are not trained yet.
     """
     model, processor = _begun_or_loaded(recipe)
+    if recipe.levels is not None:
+        model.config.levels = list(recipe.levels)
     model.config.image_loss_weight = recipe.image_loss_weight
     model.config.z_loss_weight = recipe.z_loss_weight
     if recipe.attention is not None:

@@ -16,6 +16,8 @@ from transformers import TopPLogitsWarper
 
 from unimm.generation import EVERYWHERE
 from unimm.sequence import SpanGrammar
+from unimm.training.adapter import AdapterConfig, load_model
+from unimm.unified import UniMMForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,21 @@ class SamplingPolicy:
         """Drop what lies outside the nucleus; the sampled id was inside when it was sampled, and stays."""
         kept = torch.isfinite(TopPLogitsWarper(self.top_p)(None, scores))
         return scores.masked_fill(~kept.scatter(1, chosen[:, None], True), -float("inf"))
+
+
+def load_policy(path: str, adapter: AdapterConfig | None) -> UniMMForConditionalGeneration:
+    """A saved model whose drawings are to be scored.
+
+    Raises:
+        ValueError: it draws by levels.
+    """
+    model = load_model(path, adapter)
+    if model.config.levels is not None:
+        raise ValueError(
+            f"{path} draws by levels of {model.config.levels}; drawings are scored code after code, so begin with a "
+            "model that draws them so."
+        )
+    return model
 
 
 def _logits(

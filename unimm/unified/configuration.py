@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from unimm.codec import VisualCodecConfig
-from unimm.sequence import SpanGrammar, VisualVocabulary, read_shapes
+from unimm.sequence import Levels, SpanGrammar, VisualVocabulary, read_shapes
 
 
 @strict
@@ -32,11 +32,14 @@ class UniMMConfig(PreTrainedConfig):
         null_prompt_ids: the unconditional prompt of guidance.
         reads_features: whether pictures in a prompt are read as features of the codec's cells rather than as codes, as
             in LaVIT (2309.04669); see `FeatureReader`.
+        levels: sizes of the levels that pictures are drawn by, all codes of a level in one pass; see `Levels` and
+            `unimm.unified.levels`. None draws one code after the other.
         image_loss_weight: weight of a code against a text token in the loss.
         z_loss_weight: weight of the squared log of the softmax's divisor in the loss.
 
     Raises:
-        ValueError: rows, structural ids and shapes that do not fit each other, or more vision layers than layers.
+        ValueError: rows, structural ids and shapes that do not fit each other, more vision layers than layers, or
+            levels of no codes, or beside what they do not go with.
     """
 
     model_type = "unimm"
@@ -62,6 +65,7 @@ class UniMMConfig(PreTrainedConfig):
     vision_layers_after: int = 0
     vision_norm: bool = False
     reads_features: bool = False
+    levels: list[int] | None = None
     image_loss_weight: float = 1.0
     z_loss_weight: float = 0.0
     tie_word_embeddings: bool = False
@@ -79,7 +83,13 @@ class UniMMConfig(PreTrainedConfig):
         if self.span_shapes is None:
             self.span_shapes = [{"grid": [2, 2], "prefix": [], "min_positions": 4, "max_positions": 4}]
         self._check_vocabulary()
+        _ = self.drawing_levels
         self._check_vision_layers()
+        if self.levels is not None and (self.has_vision_path or self.reads_features):
+            raise ValueError(
+                f"levels are {self.levels} beside vision layers, a vision norm or reads_features, which placeholders "
+                "take no part in; leave out either."
+            )
         if self.reads_features and self.codec_config is None:
             raise ValueError("reads_features is True and there is no codec_config; features are read by a codec.")
         super().__post_init__(**kwargs)
@@ -111,6 +121,11 @@ class UniMMConfig(PreTrainedConfig):
     def has_vision_path(self) -> bool:
         """Whether picture positions take another way through the text model than text does."""
         return bool(self.vision_layers_before or self.vision_layers_after or self.vision_norm)
+
+    @property
+    def drawing_levels(self) -> Levels | None:
+        """The levels that pictures are drawn by."""
+        return None if self.levels is None else Levels(tuple(self.levels))
 
     @property
     def vocabulary(self) -> VisualVocabulary:

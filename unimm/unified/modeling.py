@@ -19,6 +19,7 @@ from unimm.generation import UniMMGenerationMixin
 from unimm.sequence import IGNORED_LABEL, ImageSpan, UniMMProcessor, shape_fields
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.decoder import CachedDecoder, is_covered
+from unimm.unified.levels import Asked, ask
 from unimm.unified.losses import factored_cross_entropy
 from unimm.unified.reader import FeatureReader
 from unimm.unified.recorded import RecordedDecoder
@@ -285,6 +286,10 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             if labels is not None:
                 labels = torch.where(labels == self.config.image_token_id, placed, labels)
             input_ids, pixel_values = placed, None
+        by_levels = labels is not None and self.config.levels is not None
+        if by_levels:
+            asked = self._ask(input_ids, labels, attention_mask, position_ids)
+            input_ids, position_ids, attention_mask, labels = asked
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -308,7 +313,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
                 result.logits = nn.functional.linear(hidden[:, kept], self._head_rows()[rows_to_keep])
             return result
         factored = factored_cross_entropy(
-            hidden,
+            nn.functional.pad(hidden, (0, 0, 0, 1)) if by_levels else hidden,
             self._head_rows(),
             labels,
             self.config.vocabulary,
@@ -318,6 +323,24 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         )
         result.loss, result.text_loss, result.image_loss = factored.loss, factored.text_loss, factored.image_loss
         return result
+
+    def _ask(
+        self,
+        input_ids: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> Asked:
+        """Rows with placeholders behind them for the codes that a model which draws by levels is to learn."""
+        levels, attention = self.config.drawing_levels, self.config.text_config._attn_implementation
+        assert levels is not None
+        assert labels is not None
+        if input_ids is None or attention != "sdpa":
+            raise ValueError(
+                f"Attention is {attention} and input_ids are {'missing' if input_ids is None else 'given'}; to draw by "
+                "levels is learned from input_ids under sdpa, since it says itself who sees whom."
+            )
+        return ask(input_ids, labels, attention_mask, position_ids, self.config.grammar, levels)
 
     def _head_rows(self) -> torch.Tensor:
         """The head `[V, D]`, gathered where FSDP spreads it: its hooks wait for calls of the head."""
