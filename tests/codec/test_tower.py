@@ -12,12 +12,15 @@ from transformers import (
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
+    Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Siglip2VisionConfig,
     SiglipVisionConfig,
     ViTConfig,
     ViTImageProcessorPil,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from unimm import VisualCodecConfig, VisualCodecModel
@@ -32,6 +35,9 @@ TOWERS = [
     DINOv3ViTConfig(**SIDE, intermediate_size=24, num_register_tokens=2),
     ViTConfig(**SIDE, intermediate_size=24),
 ]
+MERGING = Qwen2VLConfig(
+    vision_config={"depth": 3, "embed_dim": 16, "hidden_size": 20, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+).vision_config
 SOCKETS = {
     "resampler": {"kind": "grid", "dim": 8},
     "quantizer": {"kind": "fsq", "levels": [4, 4]},
@@ -92,6 +98,41 @@ def test_siglip2_reads_pictures_of_any_shape_as_its_own_processor_lays_them_out(
         cells = encoder(picture[None] / 127.5 - 1)
         assert cells.shape == (1, 16, 3, 5)
         torch.testing.assert_close(cells.flatten(2).mT, states, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_qwen2_vl_reads_pictures_of_any_shape_as_its_own_processor_lays_them_out():
+    torch.manual_seed(0)
+    whole = Qwen2VisionTransformerPretrainedModel(MERGING).eval()
+    picture = torch.randint(256, (3, 32, 48), dtype=torch.uint8)  # 2 x 3 blocks of 2 x 2 patches
+    processor = Qwen2VLImageProcessorPil(do_resize=False, patch_size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    given = processor(picture.numpy(), input_data_format="channels_first", return_tensors="pt")
+    assert given["image_grid_thw"].tolist() == [[1, 4, 6]]
+    output = whole(given["pixel_values"], given["image_grid_thw"], output_hidden_states=True)
+    pixels = picture[None].repeat(2, 1, 1, 1) / 127.5 - 1
+    pixels[1] = 0.0
+    in_blocks = torch.arange(24).view(2, 3, 2, 2).transpose(1, 2).flatten()  # of each cell, row by row
+    for layer in range(4):
+        encoder = TowerEncoder(TowerEncoderConfig(MERGING.to_dict(), (layer,))).eval()
+        kept = encoder.tower.state_dict()
+        encoder.tower.load_state_dict({name: whole.state_dict()[name] for name in kept})
+        states = output.hidden_states[layer][in_blocks] if layer else output.pooler_output
+        cells = encoder(pixels)
+        assert cells.shape == (2, *((16, 4, 6) if layer else (20, 2, 3)))
+        torch.testing.assert_close(cells[0].flatten(1).mT, states, atol=1e-5, rtol=0)
+        assert len(kept) == len(whole.state_dict()) - 12 * (3 - (layer or 3))
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 2]])
+def test_a_qwen2_vl_is_taken_and_trained(tmp_path, layers):
+    Qwen2VisionTransformerPretrainedModel(MERGING).save_pretrained(tmp_path)
+    Qwen2VLImageProcessorPil(patch_size=8).save_pretrained(tmp_path)
+    codec = VisualCodecModel.from_tower(tmp_path, encoder={"layers": layers, "learns": True}, **SOCKETS)
+    assert codec.config.image_size == 16 * 16
+    codec.train()(torch.rand(1, 3, 256, 256) * 2 - 1).reconstruction.square().mean().backward()
+    learned = {name for name, weight in codec.encoder.tower.named_parameters() if weight.requires_grad}
+    assert any(name.startswith("merger.") for name in learned) == (layers == [0])
+    assert all(codec.encoder.tower.get_parameter(name).grad is not None for name in learned)
 
 
 def test_a_siglip2_is_taken_with_its_own_side_and_trained(tmp_path):
@@ -160,13 +201,15 @@ def test_a_recipe_names_a_tower(clip):
 
 
 def test_models_of_another_form_are_refused(tmp_path):
-    Qwen2VLConfig().vision_config.save_pretrained(tmp_path)
+    Qwen2_5_VLConfig().vision_config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="take a vision transformer over square patches"):
         VisualCodecModel.from_tower(tmp_path)
     with pytest.raises(ValueError, match="take a vision transformer over square patches"):
         TowerEncoderConfig(Qwen2VLConfig().to_dict())
     with pytest.raises(ValueError, match="transformers knows no such model"):
         TowerEncoderConfig({"model_type": "nothing"})
+    with pytest.raises(ValueError, match="0 has larger cells"):
+        TowerEncoderConfig(MERGING.to_dict(), layers=(0, 1))
     with pytest.raises(ValueError, match="layers 1 to 3"):
         TowerEncoderConfig(TOWERS[0].to_dict(), layers=(4,))
     with pytest.raises(ValueError, match=r"tower\.model_type is None"):

@@ -20,17 +20,21 @@ from unimm.codec.encoders import EncoderOptions
 WANTED = ("patch_size", "hidden_size", "num_hidden_layers")
 # Reads pictures as rows of flattened patches, of any shape (SigLIP 2 in its NaFlex form, 2502.14786).
 FLATTENED = "siglip2_vision_model"
+# Reads films as rows of flattened patches in blocks, of any shape, and merges each block in the end (2409.12191).
+MERGING = "qwen2_vl_vision"
+MERGING_SIDE = 16  # blocks of a side, where the tower itself has no size
 STAGES = ("out_features", "out_indices", "stage_names")  # of a backbone, which follow from the number of layers
 
 
 @dataclass(frozen=True)
 class TowerEncoderConfig(EncoderOptions):
-    """A vision model that reads squares of pixels: SigLIP 1 and 2, CLIP, DINOv2, DINOv3, ViT and others of their form.
+    """A vision model that reads squares of pixels: SigLIP 1 and 2, CLIP, DINOv2, DINOv3, ViT and others of their form,
+    and that of Qwen2-VL, to which a picture is a film of equal frames.
 
     Args:
         tower: its configuration in transformers, `model_type` and fields.
         layers: whose hidden states are read, side by side, counted from 1; later ones than all of them are not built.
-            0 reads what the tower gives, behind its last norm.
+            0 reads what the tower gives, behind its last norm; of Qwen2-VL's, its merged blocks, and so 0 alone.
         learns: whether its weights are trained.
     """
 
@@ -40,7 +44,8 @@ class TowerEncoderConfig(EncoderOptions):
 
     def __post_init__(self) -> None:
         config = self.tower_config
-        sizes = ("num_patches" if config.model_type == FLATTENED else "image_size", *WANTED)
+        shown = {FLATTENED: "num_patches", MERGING: "spatial_merge_size"}.get(config.model_type, "image_size")
+        sizes = (shown, *WANTED)
         if missing := [name for name in sizes if not isinstance(getattr(config, name, None), int)]:
             raise ValueError(
                 f"tower is of model_type {config.model_type!r}, which has no {', '.join(missing)}; take a vision "
@@ -50,6 +55,8 @@ class TowerEncoderConfig(EncoderOptions):
             raise ValueError(
                 f"layers are {self.layers}; the tower has layers 1 to {config.num_hidden_layers}, and 0 is its output."
             )
+        if config.model_type == MERGING and len(self.layers) > 1 and 0 in self.layers:
+            raise ValueError(f"layers are {self.layers}; 0 has larger cells than the others here, and is read alone.")
 
     @cached_property
     def tower_config(self) -> PreTrainedConfig:
@@ -66,15 +73,19 @@ class TowerEncoderConfig(EncoderOptions):
         """Of the square whose patches have a position each in the tower's own table, in pixels."""
         if self.tower_config.model_type == FLATTENED:
             return math.isqrt(self.tower_config.num_patches) * self.tower_config.patch_size
+        if self.tower_config.model_type == MERGING:
+            return MERGING_SIDE * self.tower_config.spatial_merge_size * self.tower_config.patch_size
         return self.tower_config.image_size
 
     @property
     def downsample(self) -> int:
-        return self.tower_config.patch_size
+        merges = self.tower_config.model_type == MERGING and self.layers == (0,)
+        return self.tower_config.patch_size * (self.tower_config.spatial_merge_size if merges else 1)
 
     @property
     def width(self) -> int:
-        return self.tower_config.hidden_size * len(self.layers)
+        inner = self.tower_config.model_type == MERGING and self.layers != (0,)
+        return (self.tower_config.embed_dim if inner else self.tower_config.hidden_size) * len(self.layers)
 
 
 def without_stages(fields: dict[str, Any]) -> dict[str, Any]:
@@ -116,12 +127,17 @@ class TowerEncoder(nn.Module):
 
     def _read_weights(self) -> set[str]:
         """Names of the weights that the chosen states depend on; heads that pool are not among them."""
+        if self.config.tower_config.model_type == MERGING:  # which counts places, and so does not run without weights
+            names = (name for name, _ in self.tower.named_parameters())
+            return {name for name in names if self.config.layers == (0,) or not name.startswith("merger.")}
         with torch.enable_grad(), torch.device("meta"):
             probe = _unfilled(self.tower.config)
             self._states(probe, torch.zeros(1, 3, self.config.side, self.config.side)).sum().backward()
         return {name for name, weight in probe.named_parameters() if weight.grad is not None}
 
     def _states(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.config.tower_config.model_type == MERGING:
+            return merging_states(tower, pixel_values, self.config)
         given: dict[str, torch.Tensor | None] = {"pixel_values": pixel_values}
         if self.config.tower_config.model_type == FLATTENED:
             given = flattened(pixel_values, self.config.downsample)
@@ -155,9 +171,30 @@ def flattened(pixel_values: torch.Tensor, patch: int) -> dict[str, torch.Tensor 
     }
 
 
+def merging_states(tower: nn.Module, pixel_values: torch.Tensor, config: TowerEncoderConfig) -> torch.Tensor:
+    """States `[B, cells, width]` of Qwen2-VL's tower for pictures `[B, 3, H, W]` of one shape, row by row."""
+    built, batch = config.tower_config, len(pixel_values)
+    patch, block = built.patch_size, built.spatial_merge_size
+    rows, columns = (side // (patch * block) for side in pixel_values.shape[2:])  # of blocks
+    cells = pixel_values[:, :, : rows * block * patch, : columns * block * patch]
+    cells = cells.reshape(batch, 3, rows, block, patch, columns, block, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    frames = cells.unsqueeze(6).expand(*cells.shape[:6], built.temporal_patch_size, patch, patch)
+    film = torch.tensor([[1, rows * block, columns * block]] * batch, device=pixel_values.device)
+    output = tower(frames.reshape(batch * rows * columns * block**2, -1), film, output_hidden_states=True)
+    if config.layers == (0,):
+        return output.pooler_output.unflatten(0, (batch, -1))
+    states = torch.cat([output.hidden_states[layer] for layer in config.layers], dim=1)
+    in_blocks = states.view(batch, rows, columns, block, block, -1)
+    return in_blocks.transpose(2, 3).reshape(batch, rows * block * columns * block, -1)
+
+
 def _unfilled(config: PreTrainedConfig) -> PreTrainedModel:
     from transformers import AutoModel
 
+    if config.model_type == MERGING:  # the Auto classes know it as a part of Qwen2-VL only
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+        return Qwen2VisionTransformerPretrainedModel(config)
     return AutoModel.from_config(config)
 
 
