@@ -21,7 +21,7 @@ from unimm.sequence import Levels
 from unimm.training.codec import CodecTask
 from unimm.training.loop import check_finite
 from unimm.training.policy import load_policy
-from unimm.training.pool import held_out_pixels
+from unimm.training.pool import held_out_pictures
 from unimm.training.recipe import STAGES, train
 from unimm.training.run_directory import RunConfig, RunDirectory
 
@@ -193,7 +193,7 @@ def test_a_detokenizer_is_trained_resumed_and_reloaded(trained_codec, tmp_path):
     assert losses(again) == before
     assert {"psnr_shapes", "codec_psnr_shapes"} <= set(read_yaml(again.root / "finished.json"))
     codec = VisualCodecModel.from_pretrained(trained_codec.model)
-    codes = codec.encode(held_out_pixels("shapes", 2))
+    codes = codec.encode(held_out_pictures("shapes", 2)[0])
     images = CodesToImagePipeline.from_pretrained(again.model)(codes, num_inference_steps=4).images
     assert [image.size for image in images] == [(128, 128)] * 2
 

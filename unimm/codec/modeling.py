@@ -334,7 +334,7 @@ class VisualCodecModel(PreTrainedModel):
 
     def reconstruct(self, pixel_values: torch.Tensor, *, condition: torch.Tensor | None = None) -> torch.Tensor:
         """One trip through the codes: `decode(encode(pixel_values))`."""
-        reading, drawing = self._conditions(condition)
+        reading, drawing = self.conditions(condition)
         return self.decode(self.encode(pixel_values, condition=reading), condition=drawing)
 
     def forward(
@@ -363,7 +363,7 @@ class VisualCodecModel(PreTrainedModel):
             )
         arrangement: Arrangement = self.length.arrange_learned(check_pixels(self.config, pixel_values), most)
         check_condition(condition, len(pixel_values), self.condition_size, "learns")
-        reading, drawing = self._conditions(condition)
+        reading, drawing = self.conditions(condition)
         if isinstance(self.resampler, SelectResampler):
             kept, mask = self._quantize_kept(self.resampler, pixel_values, None)
             return CodecOutput(self.decoder(kept.vectors, mask), kept.ids, kept.loss)
@@ -430,8 +430,8 @@ class VisualCodecModel(PreTrainedModel):
         """(tokens, width) of the text features that the codec reads or draws under, if it does."""
         return self.decoder_options.condition_size or self.resampler.condition_size
 
-    def _conditions(self, condition: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """A text for reading, and for drawing."""
+    def conditions(self, condition: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Text features for `encode` and for `decode`, of which one may not want any."""
         drawing = self.decoder_options.condition_size
         return (
             None if self.resampler.condition_size is None and drawing is not None else condition,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import nn
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, socket_config
 from unimm.codec.dual import TwoSidedDecoder
 from unimm.codec.quantizers import VQ
+from unimm.codes import VisualCodes
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.nn.scripted import Lpips
 from unimm.scorers.reconstruction import psnr
+from unimm.training.captions import CaptionFeatures, TextConfig, check_text
 from unimm.training.continuing import Pivot, check_held, continued, continued_fields, hold
 from unimm.training.contrast import CaptionEmbeddings, ContrastConfig, ContrastHead, text_tower
 from unimm.training.heads import (
@@ -112,6 +115,7 @@ class CodecRecipe:
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes that pictures are drawn from.
         relation: a frozen model whose features say how the rows of the codebooks should lie to each other.
+        text: a frozen model of texts, for a codec that reads or draws under the features of captions.
         begin: a saved codec that training goes on from, by folder or Hub name; `model` then says what is otherwise.
         held: sockets that stay as they begin.
         pivot: weight of the mean squared distance of an encoder that learns from what it begins as.
@@ -137,6 +141,7 @@ class CodecRecipe:
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     relation: RelationConfig = field(default_factory=RelationConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     begin: str = ""
     held: tuple[str, ...] = ()
     pivot: float = 0.0
@@ -156,13 +161,15 @@ class CodecTask:
 
     def __init__(self, recipe: CodecRecipe, pool: Pool) -> None:
         self.recipe = recipe
-        self.pool = pool.pictures
+        self.pool, self.texts, self.held_out_texts = pool.pictures, pool.captions, pool.held_out_captions
         self.codec = continued(recipe.begin, recipe.model).to(memory_format=torch.channels_last)
         hold(self.codec, recipe.held)
         self.pivot = Pivot(self.codec) if recipe.pivot else None
         self.relation = Relation(recipe.relation, self.pool, recipe.run.seed) if recipe.relation.model else None
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
+        size = self.codec.condition_size
+        self.text = None if size is None else CaptionFeatures(recipe.text, size[0])
         self.perceptual = perceptual_features(recipe.perceptual)
         self.distill = CellFeatures(recipe.distill) if recipe.distill.model else None
         self.teachers = {f"align_{name}": CellFeatures(config) for name, config in recipe.align.items()}
@@ -208,7 +215,9 @@ class CodecTask:
         if self.captions is not None:
             wanted["contrast"] = self.captions[picked].to(pixels.device)
         given = self.codec.from_shown(pixels)
-        output, headed = model(given, length, wanted)
+        output, headed = model(
+            given, length, wanted, self._condition([self.texts[number] for number in picked] if self.texts else [])
+        )
         losses, drawn = {"loss": pixels.new_zeros(())}, pixels
         if self.compares_pixels:
             drawn = self.codec.to_shown(self.codec.pixels_of(output.reconstruction.float()))
@@ -241,8 +250,8 @@ class CodecTask:
         self.codec.eval()
         figures, used = {}, []
         for name, pixels in self.held_out.items():
-            codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)))
-            figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
+            codes, copies = self._copy(pixels, self.held_out_texts.get(name, []))
+            figures[f"psnr_{name}"] = float(psnr(copies, pixels).mean())
             used.append(codes.ids[codes.mask])
         hold(self.codec, self.recipe.held)
         spec = self.codec.spec_without_fingerprint
@@ -254,18 +263,36 @@ class CodecTask:
     def draw_sheet(self, path: Path) -> None:
         """Originals above their reconstructions, for every world."""
         self.codec.eval()
-        shown = torch.cat([pixels[: SHEET_SIZE // len(self.held_out) + 1] for pixels in self.held_out.values()])
-        codes = self.codec.encode(self.codec.from_shown(shown.to(self.codec.device)))
-        rows = [shown, self.codec.pictures(codes).cpu()]
+        each = SHEET_SIZE // len(self.held_out) + 1
+        shown = torch.cat([pixels[:each] for pixels in self.held_out.values()])
+        rows = [shown, self._copy(shown, [text for texts in self.held_out_texts.values() for text in texts[:each]])[1]]
         hold(self.codec, self.recipe.held)
         contact_sheet([p for row in rows for p in to_pictures(row)], path, columns=len(shown))
 
     def save(self, path: Path) -> None:
         self.codec.eval()
         if "quantizer" not in self.recipe.held:
-            retire_duplicates(self.codec, self.pool[:COUNTED])
+            retire_duplicates(self.codec, self._codes())
         self.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
         VisualCodecImageProcessor.for_codec(self.codec.config).save_pretrained(path)
+
+    def _condition(self, texts: Sequence[str]) -> torch.Tensor | None:
+        """What a conditioned codec knows of pictures with these captions, `[B, L, D]`."""
+        return None if self.text is None else self.text(texts)
+
+    def _copy(self, pixels: torch.Tensor, texts: Sequence[str]) -> tuple[VisualCodes, torch.Tensor]:
+        """Codes of shown pictures `[B, 3, H, W]`, and what is drawn of them, of the same shape."""
+        reading, drawing = self.codec.conditions(self._condition(texts))
+        codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)), condition=reading)
+        return codes, self.codec.pictures(codes, condition=drawing).cpu()
+
+    def _codes(self) -> Iterator[torch.Tensor]:
+        """Codes `[B N, K]` of pictures to learn from, a batch at a time."""
+        side = self.codec.config.image_size
+        for start in range(0, min(COUNTED, len(self.pool)), COUNT_BATCH):
+            shown = resized(to_pixel_values(self.pool[start : start + COUNT_BATCH]), side).to(self.codec.device)
+            reading, _ = self.codec.conditions(self._condition(self.texts[start : start + COUNT_BATCH]))
+            yield self.codec.encode(self.codec.from_shown(shown), condition=reading).ids.flatten(0, 1)
 
 
 def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
@@ -276,6 +303,7 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
     if recipe.lengths.by_picture and not codec.length_policy.filled:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
     check_held(recipe.held, recipe.pivot, codec)
+    check_text(recipe.text, recipe.data.has_captions, codec)
     if recipe.relation.model:
         check_relation(recipe.relation, codec)
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
@@ -296,16 +324,12 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
             patch_tower(teacher.model)
 
 
-def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
-    """Leave one of every group of rows that cannot be told apart: the one that occurs most in uint8 `[M, H, W, 3]`."""
+def retire_duplicates(codec: VisualCodecModel, codes: Iterator[torch.Tensor]) -> None:
+    """Leave one of every group of rows that cannot be told apart: the one that occurs most in codes `[M, K]`."""
     books = [part for part in codec.quantizer.modules() if isinstance(part, VQ) and part.config.ema_decay is not None]
     if not books:
         return
-    batches = [pictures[start : start + COUNT_BATCH] for start in range(0, len(pictures), COUNT_BATCH)]
-    side = codec.config.image_size
-    shown = (resized(to_pixel_values(batch), side).to(codec.device) for batch in batches)
-    ids = torch.cat([codec.encode(codec.from_shown(pixels)).ids.flatten(0, 1) for pixels in shown])
-    for book, slot in zip(books, ids.unbind(dim=1), strict=True):
+    for book, slot in zip(books, torch.cat(list(codes)).unbind(dim=1), strict=True):
         book.retire_duplicates(torch.bincount(slot, minlength=book.config.size))
 
 

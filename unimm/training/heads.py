@@ -186,10 +186,14 @@ class CodecWithHeads(nn.Module):
         self.codec, self.heads = codec, nn.ModuleDict(heads)
 
     def forward(
-        self, pixel_values: torch.Tensor, num_tokens: int | torch.Tensor | None, wanted: dict[str, torch.Tensor]
+        self,
+        pixel_values: torch.Tensor,
+        num_tokens: int | torch.Tensor | None,
+        wanted: dict[str, torch.Tensor],
+        condition: torch.Tensor | None = None,
     ) -> tuple[CodecOutput, dict[str, torch.Tensor]]:
         """The codec's output, and the loss of every head towards what it is `wanted` to read."""
-        output = self.codec(pixel_values, num_tokens=num_tokens)
+        output = self.codec(pixel_values, num_tokens=num_tokens, condition=condition)
         return output, {name: head(output.vectors, wanted[name]) for name, head in self.heads.items()}
 
 
@@ -198,7 +202,10 @@ def count_vectors(codec: VisualCodecModel) -> int:
     """Vectors that stand for one picture, by a trial."""
     training = codec.training
     side = codec.config.image_size
-    codes = codec.eval().encode(codec.from_shown(torch.zeros(1, 3, side, side, device=codec.device)))
+    size = codec.condition_size
+    reading, _ = codec.conditions(None if size is None else torch.zeros(1, *size, device=codec.device))
+    pixels = codec.from_shown(torch.zeros(1, 3, side, side, device=codec.device))
+    codes = codec.eval().encode(pixels, condition=reading)
     length = codec.lookup(codes).shape[1]
     codec.train(training)
     return length

@@ -62,17 +62,19 @@ class Pool:
         pictures: uint8 `[S, H, W, 3]` to learn from.
         held_out: floats `[M, 3, H, W]` that training never shows, by world or source.
         captions: one of each picture to learn from, empty where none are known.
+        held_out_captions: one of each of the others, by world or source, empty where none are known.
     """
 
     pictures: np.ndarray
     held_out: dict[str, torch.Tensor]
     captions: list[str] = field(default_factory=list)
+    held_out_captions: dict[str, list[str]] = field(default_factory=dict)
 
 
-def held_out_pixels(world: str, size: int) -> torch.Tensor:
-    """Held-out pictures of one world, float `[size, 3, H, W]`."""
-    mixture = Mixture({world: 1.0}, split="held_out", seed=1)
-    return to_pixel_values(np.stack([picture for picture, _ in render(mixture, size)]))
+def held_out_pictures(world: str, size: int) -> tuple[torch.Tensor, list[str]]:
+    """Held-out pictures of one world, float `[size, 3, H, W]`, and their captions."""
+    pictures, captions = zip(*render(Mixture({world: 1.0}, split="held_out", seed=1), size), strict=True)
+    return to_pixel_values(np.stack(pictures)), list(captions)
 
 
 def prepare_pool(
@@ -100,10 +102,16 @@ def prepare_pool(
         pictures, captions = np.load(path, mmap_mode="r"), json.loads(words.read_text(encoding="utf-8"))
     if len(pictures) != size:
         raise ValueError(f"{path} holds {len(pictures)} pictures, the recipe asks for {size}; delete the file.")
-    captions = captions[: data.pool_size] if data.has_captions else []
     if data.source is None:
-        return Pool(pictures, {world: held_out_pixels(world, held_out) for world in data.worlds}, captions)
-    return Pool(pictures[: data.pool_size], {"source": to_pixel_values(pictures[-held_out:])}, captions)
+        kept = {world: held_out_pictures(world, held_out) for world in data.worlds}
+    else:
+        kept = {"source": (to_pixel_values(pictures[-held_out:]), captions[-held_out:])}
+    return Pool(
+        pictures[: data.pool_size],
+        {name: pixels for name, (pixels, _) in kept.items()},
+        captions[: data.pool_size] if data.has_captions else [],
+        {name: texts for name, (_, texts) in kept.items()} if data.has_captions else {},
+    )
 
 
 def write_pool(pairs: Iterable[tuple[np.ndarray, str]], sizes: tuple[int, int], path: Path, words: Path) -> None:
