@@ -14,8 +14,8 @@ from unimm.codes import CodeSpec
 from unimm.data.photographs import photograph_squares
 from unimm.data.pictures import to_pixel_values
 from unimm.evaluation.classical import Rate, at_equal_bytes, curve, psnr_of
-from unimm.evaluation.codec import compare, evaluate_codec
-from unimm.evaluation.fidelity import Thumbnails, code_statistics, frechet, ssim
+from unimm.evaluation.codec import compare, evaluate_codec, picture_sets
+from unimm.evaluation.fidelity import Thumbnails, code_statistics, features, frechet, ssim
 from unimm.evaluation.legibility import place_word, text_survival
 from unimm.evaluation.subjects import CodecSubject, Copies, VaeSubject, read_pairs
 
@@ -59,21 +59,23 @@ def test_scores_of_known_copies(squares):
 
 def test_a_frechet_distance_rises_with_the_blur_and_begins_at_its_floor(squares):
     pictures = to_pixel_values(squares)
-    exact, blurred = (frechet(Thumbnails(), pictures, Blur(SIDE, cell).copy(squares).pixels) for cell in (1, 32))
+    real = features(Thumbnails(), pictures)
+    exact, blurred = (
+        frechet("thumbnail4", real, features(Thumbnails(), Blur(SIDE, cell).copy(squares).pixels)) for cell in (1, 32)
+    )
     assert exact.value == pytest.approx(exact.floor)
     assert blurred.value > exact.value
     assert blurred.floor == exact.floor
     assert exact.name == "FD[thumbnail4,d=48,n=60]"
     with pytest.raises(ValueError, match="take more than 97"):
-        frechet(Thumbnails(), pictures[:90], pictures[:90])
+        frechet("thumbnail4", real[:90], real[:90])
 
 
 def test_a_frechet_distance_of_gaussians_is_the_formula():
     generator = torch.Generator().manual_seed(0)
-    identity = type("Identity", (), {"name": "values", "__call__": lambda self, pixels: pixels.flatten(1)})()
-    one = torch.randn(40_000, 3, 1, 1, generator=generator)
-    other = torch.randn(40_000, 3, 1, 1, generator=generator) * 3 + 2
-    assert frechet(identity, one, other).value == pytest.approx(3 * (2**2 + (3 - 1) ** 2), rel=0.03)
+    one = torch.randn(40_000, 3, generator=generator).numpy()
+    other = torch.randn(40_000, 3, generator=generator).numpy() * 3 + 2
+    assert frechet("values", one, other).value == pytest.approx(3 * (2**2 + (3 - 1) ** 2), rel=0.03)
 
 
 def test_usage_and_entropy_of_known_codes():
@@ -107,8 +109,26 @@ def test_a_codec_is_judged_as_a_table_a_plot_and_a_sheet(squares, tmp_path):
     assert Image.open(tmp_path / "copies_photographs.png").size == (8 * SIDE, 2 * SIDE)
 
 
+def test_a_folder_of_pictures_is_cut_to_squares_and_judged_in_batches(squares, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for index, square in enumerate(squares[:20]):
+        wide = np.pad(square, ((0, 0), (5, 5), (0, 0)))
+        Image.fromarray(wide).save(tmp_path / "mine" / f"{index:02}.png")
+    (sets,) = picture_sets((str(tmp_path / "mine"),), SIDE, 20).values()
+    assert sets.tolist() == squares[:20].tolist()  # more than one batch
+    assert len(picture_sets((str(tmp_path / "mine"),), SIDE, 3)["mine"]) == 3
+    subject = CodecSubject(VisualCodecModel(load_preset("smallest")), "smallest")
+    whole, half = ({m.name: m for m in evaluate_codec(subject, {"mine": p}).measures} for p in (sets, sets[:10]))
+    both = compare("mine", [(part, subject.copy(part).pixels) for part in (sets[:10], sets[10:])], Thumbnails())
+    assert whole["PSNR, dB"].value == pytest.approx(both[0].value)
+    assert whole["PSNR, dB"].value != pytest.approx(half["PSNR, dB"].value)
+    assert whole["codes used, share"].trials == 2 * half["codes used, share"].trials
+    with pytest.raises(ValueError, match="no pictures nowhere; there are shapes"):
+        picture_sets(("nowhere",), SIDE, 2)
+
+
 def test_too_few_pictures_for_a_distance_are_said_to_be_too_few(squares):
-    measures = compare("few", squares[:3], to_pixel_values(squares[:3]), Thumbnails())
+    measures = compare("few", [(squares[:3], to_pixel_values(squares[:3]))], Thumbnails())
     assert "take more than 97" in measures[-1].note
 
 
@@ -152,8 +172,9 @@ def test_folders_of_copies_are_judged_by_name(tmp_path, squares, capsys):
             Image.fromarray(np.clip(square.astype(int) + change, 0, 255).astype(np.uint8)).save(
                 tmp_path / folder / f"{index}.png"
             )
-    pairs = read_pairs(tmp_path / "real", tmp_path / "copies")
-    assert pairs[0].tolist() == squares[:3].tolist()
+    ((real, copied),) = read_pairs(tmp_path / "real", tmp_path / "copies")
+    assert real.tolist() == squares[:3].tolist()
+    assert copied.min() >= 10
     both = ["--references", str(tmp_path / "real"), "--copies", str(tmp_path / "copies")]
     assert main(["evaluate", "codec", *both]) == 0
     assert "PSNR" in capsys.readouterr().out

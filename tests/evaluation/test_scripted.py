@@ -12,7 +12,7 @@ from unimm.cli.main import main
 from unimm.data.photographs import photograph_squares
 from unimm.data.pictures import to_pixel_values
 from unimm.evaluation.codec import compare
-from unimm.evaluation.fidelity import Thumbnails, TooFewPicturesError, frechet, lpips_distances, rfid
+from unimm.evaluation.fidelity import Thumbnails, TooFewPicturesError, features, frechet, lpips_distances, rfid
 from unimm.nn.scripted import Inception, Lpips
 
 SIDE = 16
@@ -42,22 +42,25 @@ def brighter(pictures):
 
 def test_rfid_is_of_whole_sets_in_the_levels_of_the_file(files, squares):
     inception, pictures = Inception(files["inception"]), to_pixel_values(squares)
-    same = rfid(inception, pictures, pictures)
+    real = features(inception, pictures)
+    same = rfid(real, real)
     assert same.value == pytest.approx(0, abs=1e-6)
     assert (same.name, same.floor, same.warning) == ("rFID[d=12,n=130]", None, "")
     # Features move by 60 levels of 255 where all pixels do, and their spread does not change.
     dark = np.minimum(squares, 190)
-    moved = rfid(inception, to_pixel_values(dark), to_pixel_values((dark + 60).astype(np.uint8)))
+    moved = rfid(*(features(inception, to_pixel_values(p.astype(np.uint8))) for p in (dark, dark + 60)))
     assert moved.value == pytest.approx(12 * (60 / 255) ** 2, rel=1e-3)
 
 
 def test_few_pictures_are_warned_of_and_too_few_refused(files, squares):
     inception, pictures = Inception(files["inception"]), to_pixel_values(squares)
-    assert "biased: 119 pictures are fewer than 10" in rfid(inception, pictures[:119], pictures[:119]).warning
+    real = features(inception, pictures)
+    assert "biased: 119 pictures are fewer than 10" in rfid(real[:119], real[:119]).warning
     with pytest.raises(TooFewPicturesError, match="needs more than 12 pictures, there are 12"):
-        rfid(inception, pictures[:12], pictures[:12])
-    assert "biased: 65 pictures" in frechet(Thumbnails(), pictures, pictures).warning
-    (few,) = [m for m in compare("few", squares[:3], pictures[:3], inception) if m.name == "rFID"]
+        rfid(real[:12], real[:12])
+    colours = features(Thumbnails(), pictures)
+    assert "biased: 65 pictures" in frechet("thumbnail4", colours, colours).warning
+    (few,) = [m for m in compare("few", [(squares[:3], pictures[:3])], inception) if m.name == "rFID"]
     assert np.isnan(few.value)
     assert "needs more than 12" in few.note
 
@@ -72,7 +75,7 @@ def test_lpips_is_the_squared_distance_of_the_files_vectors(files, squares):
     found = lpips_distances(lpips, to_pixel_values(copies), to_pixel_values(squares[:5]))
     assert found.tolist() == pytest.approx(by_hand.tolist(), rel=1e-4)
     assert lpips_distances(lpips, to_pixel_values(copies), to_pixel_values(copies)).tolist() == [0.0] * 5
-    measures = compare("some", squares[:5], to_pixel_values(copies), Thumbnails(), lpips)
+    measures = compare("some", [(squares[:5], to_pixel_values(copies))], Thumbnails(), lpips)
     (measure,) = [m for m in measures if m.name == "LPIPS"]
     assert measure.value == pytest.approx(float(by_hand.mean()), rel=1e-4)
     assert measure.note.startswith("by vgg16.pt@")

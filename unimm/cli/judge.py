@@ -30,8 +30,9 @@ def judge_codec(arguments: argparse.Namespace, device: str) -> CodecReport:
     if bool(arguments.references) != bool(arguments.copies):
         raise ValueError("Copies are judged against references: name both --references and --copies.")
     if arguments.references:
-        references, copies = read_pairs(Path(arguments.references), Path(arguments.copies))
-        measures = compare(Path(arguments.references).name, references, to_pixel_values(copies), extractor, lpips)
+        pairs = read_pairs(Path(arguments.references), Path(arguments.copies))
+        pixels = ((real, to_pixel_values(copied)) for real, copied in pairs)
+        measures = compare(Path(arguments.references).name, pixels, extractor, lpips)
         report = CodecReport(arguments.copies, tuple(measures), {})
         if folder is not None:
             report.save(folder)

@@ -201,7 +201,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     codec.add_argument("--side", type=int, default=256, help="of the pictures for --vae, in pixels (default: 256)")
     codec.add_argument("--references", help="judge the copies in --copies against the pictures in this folder")
     codec.add_argument("--copies", help="folder of copies, under the names of the references")
-    codec.add_argument("--pictures", nargs="+", default=["shapes", "words", "photographs"], help="sets to copy")
+    sets = ["shapes", "words", "photographs"]
+    codec.add_argument("--pictures", nargs="+", default=sets, help="sets to copy: these, emoji, or folders of pictures")
     codec.add_argument("--extractor", help="a vision model for the Fréchet distance (default: thumbnails)")
     codec.add_argument("--inception", metavar="FILE", help="NVIDIA's inception-2015-12-05.pt, to report rFID instead")
     codec.add_argument("--lpips", metavar="FILE", help="NVIDIA's vgg16.pt, to report LPIPS too")

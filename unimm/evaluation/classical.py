@@ -38,13 +38,14 @@ def curve(name: str, pictures: np.ndarray) -> list[Rate]:
 
 def rate(name: str, quality: int, pictures: np.ndarray) -> Rate:
     """All pictures at one quality of a format."""
-    copies, sizes = [], []
+    ratios, sizes = [], []
     for picture in pictures:
         file = io.BytesIO()
         Image.fromarray(picture).save(file, format=name, quality=quality, **FORMATS[name])
         sizes.append(file.tell())
-        copies.append(np.asarray(Image.open(file).convert("RGB")))
-    return Rate(float(np.mean(sizes)), float(psnr_of(np.stack(copies), pictures).mean()))
+        copy = np.asarray(Image.open(file).convert("RGB"))
+        ratios.append(psnr_of(copy[None], picture[None])[0])
+    return Rate(float(np.mean(sizes)), float(np.mean(ratios)))
 
 
 def at_equal_bytes(points: list[Rate], size: float) -> Rate | None:

@@ -1,14 +1,16 @@
 """Judges a codec by its copies: fidelity, what its codes carry, JPEG and WebP at equal bytes, text that survives.
 
 Photographs are cut, not resized, into squares of the codec's own size and scored at it; rendered worlds are resized to
-it first, and nothing is afterwards.
+it first, pictures of a source are cut to their middle and resized, and nothing is afterwards.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import matplotlib
 
@@ -18,9 +20,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
+from unimm.codec import VisualCodecImageProcessor
 from unimm.data.photographs import photograph_squares
 from unimm.data.pictures import to_pictures, to_pixel_values
+from unimm.data.sources import Source, read_pictures
 from unimm.data.worlds import WORLDS
 from unimm.evaluation.classical import FORMATS, Rate, at_equal_bytes, curve
 from unimm.evaluation.fidelity import (
@@ -28,13 +33,14 @@ from unimm.evaluation.fidelity import (
     Thumbnails,
     TooFewPicturesError,
     code_statistics,
+    features,
     frechet,
     lpips_distances,
     rfid,
     ssim,
 )
 from unimm.evaluation.legibility import Reader, text_survival
-from unimm.evaluation.subjects import Copies, Subject
+from unimm.evaluation.subjects import BATCH, Subject
 from unimm.files import atomic_write
 from unimm.nn.scripted import Inception, Lpips
 from unimm.scorers.reconstruction import psnr
@@ -106,23 +112,41 @@ class CodecReport:
 
 
 def picture_sets(names: tuple[str, ...], side: int, limit: int) -> dict[str, np.ndarray]:
-    """Held-out pictures of rendered worlds, and photographs, uint8 `[N, side, side, 3]` by name.
+    """Held-out pictures of rendered worlds, photographs, and those of a source, uint8 `[N, side, side, 3]` by name.
+
+    Args:
+        names: of worlds, `photographs`, or what `Source` reads: a folder, a file or a Hub name with a slash.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a source without readable pictures.
     """
     known = (*WORLDS, PHOTOGRAPHS)
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"There are no pictures {', '.join(unknown)}; there are {', '.join(known)}.")
+    if unknown := [name for name in names if name not in known and "/" not in name and not Path(name).exists()]:
+        raise ValueError(f"There are no pictures {', '.join(unknown)}; there are {', '.join(known)}, and folders.")
     sets = {}
     for name in names:
         if name == PHOTOGRAPHS:
             sets[name] = photograph_squares(side, limit)
-            continue
-        world = WORLDS[name](split="held_out", seed=0)
-        drawn = [world.example(index).image.convert("RGB") for index in range(limit)]
-        sets[name] = np.stack([np.asarray(p if p.width == side else p.resize((side, side))) for p in drawn])
+        elif name in WORLDS:
+            world = WORLDS[name](split="held_out", seed=0)
+            drawn = [world.example(index).image.convert("RGB") for index in range(limit)]
+            sets[name] = np.stack([np.asarray(p if p.width == side else p.resize((side, side))) for p in drawn])
+        else:
+            sets[Path(name).name] = _source_squares(name, side, limit)
     return sets
+
+
+def _source_squares(path: str, side: int, limit: int) -> np.ndarray:
+    """At most `limit` pictures of a source, on disk as long as they are used: 50,000 are more than memory holds."""
+    processor = VisualCodecImageProcessor(size={"height": side, "width": side})
+    found, file = 0, TemporaryFile()  # noqa: SIM115, it goes with the array that maps it
+    for picture, _ in tqdm(read_pictures(Source(path, streaming=True), processor, limit=limit), path, total=limit):
+        file.write(np.ascontiguousarray(picture).tobytes())
+        found += 1
+    if not found:
+        raise ValueError(f"{path} has no readable picture.")
+    file.flush()
+    return np.memmap(file, np.uint8, "r", shape=(found, side, side, 3))
 
 
 def evaluate_codec(
@@ -146,15 +170,24 @@ def evaluate_codec(
     measures: list[Measure] = []
     curves: dict[str, dict[str, list[Rate]]] = {}
     for name, pictures in sets.items():
-        copies = subject.copy(pictures)
-        measures += compare(name, pictures, copies.pixels, extractor or Thumbnails(), lpips)
-        if copies.bits is not None:
-            measures += code_measures(name, subject, pictures, copies)
+        ids: list[torch.Tensor] = []
+        bits, fidelity, shown = 0.0, Fidelity(extractor or Thumbnails(), lpips), list[torch.Tensor]()
+        for batch in in_batches(pictures, name):
+            copies = subject.copy(batch)
+            fidelity.add(batch, copies.pixels)
+            shown = shown or [copies.pixels[:SHOWN]]
+            if copies.bits is not None and copies.ids is not None:
+                bits += copies.bits
+                ids.append(copies.ids)
+        measures += fidelity.measures(name)
+        if ids:
+            measures += code_measures(name, subject, pictures, bits, torch.cat(ids))
             curves[name] = {kind: curve(kind, pictures) for kind in FORMATS}
-            curves[name]["codes"] = code_curve(subject, pictures, copies)
+            own = Rate(bits / 8 / len(pictures), float(np.concatenate(fidelity.figures["PSNR, dB"]).mean()))
+            curves[name]["codes"] = code_curve(subject, pictures, own)
             measures += byte_measures(name, curves[name], len(pictures))
         if folder is not None:
-            _sheet(pictures, copies.pixels, folder / f"copies_{name}.png")
+            _sheet(pictures, shown[0], folder / f"copies_{name}.png")
     if reader is not None:
         measures += [
             Measure("words", f"read at {s.height} px", s.read, s.trials, s.ceiling, "beside: of the originals")
@@ -166,47 +199,79 @@ def evaluate_codec(
     return report
 
 
+def in_batches(pictures: np.ndarray, name: str) -> Iterator[np.ndarray]:
+    """Of uint8 `[N, H, W, 3]`, with a bar."""
+    for start in tqdm(range(0, len(pictures), BATCH), desc=name, unit="batch"):
+        yield pictures[start : start + BATCH]
+
+
+class Fidelity:
+    """Copies beside their pictures, a batch at a time; none is kept.
+
+    Args:
+        extractor: of the Fréchet distance.
+        lpips: without it no LPIPS is measured.
+    """
+
+    def __init__(self, extractor: Extractor, lpips: Lpips | None) -> None:
+        self.extractor, self.lpips = extractor, lpips
+        names = ("PSNR, dB", "SSIM") if lpips is None else ("PSNR, dB", "SSIM", "LPIPS")
+        self.figures: dict[str, list[np.ndarray]] = {figure: [] for figure in names}
+        self.real: list[np.ndarray] = []
+        self.copied: list[np.ndarray] = []
+
+    def add(self, pictures: np.ndarray, copied: torch.Tensor) -> None:
+        """uint8 `[B, H, W, 3]`, and float32 `[B, 3, H, W]` in [-1, 1], which is rounded to 8 bits first."""
+        rounded = np.stack([np.asarray(picture) for picture in to_pictures(copied)])
+        reference, shown = to_pixel_values(pictures), to_pixel_values(rounded)
+        self.figures["PSNR, dB"].append(psnr(shown, reference).numpy())
+        self.figures["SSIM"].append(ssim(rounded, pictures))
+        if self.lpips is not None:
+            self.figures["LPIPS"].append(lpips_distances(self.lpips, shown, reference).numpy())
+        self.real.append(features(self.extractor, reference))
+        self.copied.append(features(self.extractor, shown))
+
+    def measures(self, name: str) -> list[Measure]:
+        """Of the set of that name; the distance is left out where pictures are too few."""
+        found = []
+        for figure, parts in self.figures.items():
+            note = f"by {self.lpips.name}" if self.lpips is not None and figure == "LPIPS" else ""
+            values = np.concatenate(parts)
+            found.append(Measure(name, figure, float(values.mean()), len(values), note=note))
+        return [*found, _set_distance(name, np.concatenate(self.real), np.concatenate(self.copied), self.extractor)]
+
+
 def compare(
-    name: str, pictures: np.ndarray, copied: torch.Tensor, extractor: Extractor, lpips: Lpips | None = None
+    name: str, pairs: Iterable[tuple[np.ndarray, torch.Tensor]], extractor: Extractor, lpips: Lpips | None = None
 ) -> list[Measure]:
-    """Fidelity of copies, float32 `[N, 3, H, W]` in [-1, 1]; the distance is left out where pictures are too few."""
-    number = len(pictures)
-    reference = to_pixel_values(pictures)
-    shown = np.stack([np.asarray(picture) for picture in to_pictures(copied)])
-    measures = [
-        Measure(name, "PSNR, dB", float(psnr(to_pixel_values(shown), reference).mean()), number),
-        Measure(name, "SSIM", float(ssim(shown, pictures).mean()), number),
-    ]
-    if lpips is not None:
-        distances = lpips_distances(lpips, to_pixel_values(shown), reference)
-        measures.append(Measure(name, "LPIPS", float(distances.mean()), number, note=f"by {lpips.name}"))
-    return [*measures, _set_distance(name, reference, to_pixel_values(shown), extractor)]
+    """Fidelity of copies that come in batches beside their pictures, as `Fidelity` takes them."""
+    fidelity = Fidelity(extractor, lpips)
+    for pictures, copied in pairs:
+        fidelity.add(pictures, copied)
+    return fidelity.measures(name)
 
 
-def _set_distance(name: str, reference: torch.Tensor, shown: torch.Tensor, extractor: Extractor) -> Measure:
-    number = len(reference)
+def _set_distance(name: str, real: np.ndarray, copied: np.ndarray, extractor: Extractor) -> Measure:
+    number = len(real)
     label, note = "FD", "beside: held-out floor"
     try:
         if isinstance(extractor, Inception):
             label, note = "rFID", f"by {extractor.name}"
-            distance = rfid(extractor, reference, shown)
+            distance = rfid(real, copied)
         else:
-            distance = frechet(extractor, reference, shown)
+            distance = frechet(extractor.name, real, copied)
     except TooFewPicturesError as error:
         return Measure(name, label, float("nan"), number, note=f"not measured: {error}")
     notes = [note, distance.warning]
     return Measure(name, distance.name, distance.value, number, distance.floor, "; ".join(filter(None, notes)))
 
 
-def code_measures(name: str, subject: Subject, pictures: np.ndarray, copies: Copies) -> list[Measure]:
-    """Rate, usage and entropy of the codes."""
-    assert copies.bits is not None
-    assert copies.ids is not None
+def code_measures(name: str, subject: Subject, pictures: np.ndarray, bits: float, ids: torch.Tensor) -> list[Measure]:
+    """Rate, usage and entropy of the codes `[M, K]`, of so many bits together."""
     assert subject.spec is not None
-    found, pixels = code_statistics(copies.ids, subject.spec), pictures[..., 0].size
-    codes = len(copies.ids)
+    found, codes = code_statistics(ids, subject.spec), len(ids)
     return [
-        Measure(name, "bits per pixel", copies.bits / pixels, len(pictures)),
+        Measure(name, "bits per pixel", bits / pictures[..., 0].size, len(pictures)),
         Measure(
             name, "codes used, share", found.usage, codes, min(1.0, codes / min(subject.spec.sizes)), "beside: at most"
         ),
@@ -214,14 +279,19 @@ def code_measures(name: str, subject: Subject, pictures: np.ndarray, copies: Cop
     ]
 
 
-def code_curve(subject: Subject, pictures: np.ndarray, copies: Copies) -> list[Rate]:
-    """A point for each length that the codec can give a picture."""
-    points = []
+def code_curve(subject: Subject, pictures: np.ndarray, own: Rate) -> list[Rate]:
+    """A point for each length that the codec can give a picture, of which its own is known."""
+    points = [own]
     for length in subject.lengths:
-        found = copies if length is None else subject.copy(pictures, length)
-        assert found.bits is not None
-        quality = float(psnr(found.pixels, to_pixel_values(pictures)).mean())
-        points.append(Rate(found.bits / 8 / len(pictures), quality))
+        if length is None:
+            continue
+        ratios, bits = [], 0.0
+        for batch in in_batches(pictures, f"{length} codes"):
+            copies = subject.copy(batch, length)
+            assert copies.bits is not None
+            bits += copies.bits
+            ratios.append(psnr(copies.pixels, to_pixel_values(batch)))
+        points.append(Rate(bits / 8 / len(pictures), float(torch.cat(ratios).mean())))
     return sorted(points, key=lambda point: point.size)
 
 

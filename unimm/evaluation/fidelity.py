@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from unimm.codes import CodeSpec
 from unimm.data.pictures import to_pictures
-from unimm.nn.scripted import Inception, Lpips
+from unimm.nn.scripted import Lpips
 
 BATCH = 16
 LPIPS_BATCH = 4  # vectors of 256 pixels a side are 32 MB each
@@ -110,13 +110,17 @@ class FrechetDistance:
     warning: str
 
 
-def rfid(inception: Inception, pictures: torch.Tensor, copies: torch.Tensor) -> FrechetDistance:
-    """Of all float32 `[N, 3, H, W]` in [-1, 1] to their copies, as published; there N is 50,000.
+def features(extract: Extractor, pixels: torch.Tensor) -> np.ndarray:
+    """Of float32 `[N, 3, H, W]` in [-1, 1], float32 `[N, D]`."""
+    return torch.cat([extract(batch) for batch in pixels.split(BATCH)]).float().numpy()
+
+
+def rfid(real: np.ndarray, copied: np.ndarray) -> FrechetDistance:
+    """Of all pictures to their copies, as published, where there are 50,000; features `[N, D]` by `Inception`.
 
     Raises:
         TooFewPicturesError: N is no more than the features have dimensions.
     """
-    real, copied = _features(inception, pictures), _features(inception, copies)
     number, dim = real.shape
     if number <= dim:
         raise TooFewPicturesError(
@@ -126,13 +130,15 @@ def rfid(inception: Inception, pictures: torch.Tensor, copies: torch.Tensor) -> 
     return FrechetDistance(f"rFID[d={dim},n={number}]", _distance(real, copied), None, _warning(number, dim))
 
 
-def frechet(extract: Extractor, pictures: torch.Tensor, copies: torch.Tensor) -> FrechetDistance:
-    """First half of float32 `[N, 3, H, W]` in [-1, 1] to the copies of the second (1706.08500), and to the second.
+def frechet(extractor: str, real: np.ndarray, copied: np.ndarray) -> FrechetDistance:
+    """First half of the pictures to the copies of the second (1706.08500), and to the second; features `[N, D]`.
+
+    Args:
+        extractor: its name.
 
     Raises:
         TooFewPicturesError: half of the pictures are no more than the features have dimensions.
     """
-    real, copied = _features(extract, pictures), _features(extract, copies)
     half, dim = len(real) // 2, real.shape[1]
     if half <= dim:
         raise TooFewPicturesError(
@@ -140,13 +146,9 @@ def frechet(extract: Extractor, pictures: torch.Tensor, copies: torch.Tensor) ->
             f"each; take more than {2 * dim + 1} pictures, or a smaller extractor."
         )
     first = real[:half]
-    name = f"FD[{extract.name},d={dim},n={half}]"
+    name = f"FD[{extractor},d={dim},n={half}]"
     value, floor = _distance(first, copied[half:]), _distance(first, real[half:])
     return FrechetDistance(name, value, floor, _warning(half, dim))
-
-
-def _features(extract: Extractor, pictures: torch.Tensor) -> np.ndarray:
-    return torch.cat([extract(batch) for batch in pictures.split(BATCH)]).double().numpy()
 
 
 def _warning(number: int, dim: int) -> str:
@@ -156,6 +158,7 @@ def _warning(number: int, dim: int) -> str:
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:
+    one, other = one.astype(np.float64), other.astype(np.float64)
     spread, other_spread = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
     # The eigenvalues of a product of two covariances are real and not negative, up to rounding.
     shared = np.sqrt(np.clip(np.linalg.eigvals(spread @ other_spread).real, 0, None)).sum()

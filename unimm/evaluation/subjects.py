@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoModel as DiffusersModel
 from PIL import Image
+from tqdm import tqdm
 
 from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
 from unimm.codec.vae import mode_of_latents
@@ -121,8 +123,8 @@ class VaeSubject:
         return Copies(torch.cat(drawn))
 
 
-def read_pairs(references: Path, copies: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of two folders under the same names, uint8 `[N, H, W, 3]` each.
+def read_pairs(references: Path, copies: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pictures of two folders under the same names, uint8 `[B, H, W, 3]` each, a batch at a time.
 
     Raises:
         ValueError: no pictures, names that only one folder has, or sizes that differ.
@@ -141,10 +143,26 @@ def read_pairs(references: Path, copies: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{references} holds {len(names[0])} pictures and {copies} {len(names[1])}; both need the same names, at "
             f"least one. Only one has: {', '.join(alone) or 'nothing'}."
         )
-    pairs = [[np.asarray(Image.open(found[name]).convert("RGB")) for found in names] for name in names[0]]
-    shapes = {picture.shape for pair in pairs for picture in pair}
-    if len(shapes) > 1:
+    pairs = [(names[0][name], names[1][name]) for name in names[0]]
+    sizes = {_size(path) for pair in pairs for path in pair}
+    if len(sizes) > 1:
         raise ValueError(
-            f"The pictures have sizes {sorted(shapes)[:4]}; a copy is compared pixel by pixel, in one size."
+            f"The pictures have sizes {sorted(sizes)[:4]}; a copy is compared pixel by pixel, in one size."
         )
-    return np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
+    return _read_batches(pairs)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def _read_batches(pairs: Sequence[tuple[Path, Path]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    starts = tqdm(range(0, len(pairs), BATCH), desc="pairs", unit="batch")
+    for batch in (pairs[start : start + BATCH] for start in starts):
+        real, copied = zip(*batch, strict=True)
+        yield _read(real), _read(copied)
+
+
+def _read(paths: Sequence[Path]) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
