@@ -6,6 +6,7 @@ from test_engine import BOI, EOI, FIXED, NESTED, PAD, SCALE, SIZED, TEXT_ROWS, b
 from torch.nn import functional as F
 
 from unimm.sequence import IGNORED_LABEL, Levels
+from unimm.training.policy import SamplingPolicy
 from unimm.unified.decoder import CachedDecoder
 from unimm.unified.levels import ask
 from unimm.unified.recorded import RecordedDecoder
@@ -69,6 +70,18 @@ def test_a_level_is_one_pass(widths, scale):
     model = build(sizes=(40, 30), levels=[4, 8])
     model.generate(**prompts(), do_sample=False, generation_mode="image", guidance_scale=scale)
     assert widths == [4, 4 + 8, 8]  # placeholders; known codes and placeholders; known codes
+
+
+@pytest.mark.parametrize("new", [6, 3])
+def test_scores_are_kept_of_every_id(new):
+    model = build(sizes=(40, 30), shapes=SIZED, levels=[3])
+    options = {"do_sample": False, "generation_mode": "image", "grid": (2, 2), "guidance_scale": SCALE}
+    plain = model.generate(**prompts(), **options, max_new_tokens=new)
+    kept = model.generate(**prompts(), **options, max_new_tokens=new, output_scores=True, return_dict_in_generate=True)
+    assert kept.sequences.equal(plain)
+    assert len(kept.scores) == new
+    assert torch.stack(kept.scores, dim=1).argmax(dim=2).equal(plain[:, -new:])
+    assert kept.scores[0][:, :TEXT_ROWS].isneginf().all()
 
 
 def test_guidance_moves_every_code_of_a_level():
@@ -160,6 +173,36 @@ def test_a_picture_is_learned_by_levels_and_drawn():
     assert torch.equal(drawn, ids)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+@pytest.mark.parametrize("name", ["a pyramid", "both codes of a position", "spelled sizes"])
+def test_drawings_are_scored_by_what_they_were_sampled_from(name, scale):
+    """Of many drawings of one prompt, every code is sampled as often as its log-probability says."""
+    levels, _, shapes = LEVELS[name]
+    model = build(sizes=(4, 3)[: 2 if name == "both codes of a position" else 1], shapes=shapes, levels=levels)
+    config, asked = model.config, prompts((5,))
+    many = {key: value.repeat(600, 1) for key, value in asked.items()}
+    torch.manual_seed(0)
+    grid = (2, 2) if shapes == SIZED else None
+    options = {"generation_mode": "image", "do_sample": True, "temperature": 0.7, "guidance_scale": scale}
+    drawn = model.generate(**many, **options, grid=grid)
+    policy = SamplingPolicy(config.grammar, (5, 6), temperature=0.7, guidance_scale=scale, levels=config.drawing_levels)
+    sampled = drawn.shape[1] - (6 if grid is None else 8)  # behind the opening
+    scores = policy.score(model, drawn, torch.ones_like(drawn), sampled)
+    places = config.grammar.places(drawn)[:, -sampled:]
+    first = places == 0  # its probability is the same in all drawings of a size
+    for token in drawn[:, -sampled:][first].unique():
+        chosen = first & (drawn[:, -sampled:] == token)
+        probabilities = scores.log_probs[chosen].exp()
+        assert probabilities.max() - probabilities.min() < 1e-4
+        expected, count = float(probabilities[0]) * int(first.sum()), int(chosen.sum())
+        assert abs(count - expected) < 5 * (expected + 1) ** 0.5
+    # A drawing's log-probabilities average to minus the entropy of what it was drawn from.
+    codes = places >= 0
+    surprise = -scores.log_probs[codes].mean()
+    torch.testing.assert_close(surprise, scores.entropies[codes].mean(), atol=0.06, rtol=0)
+
+
 def test_an_answer_of_words_and_pictures_is_the_whole_grammar(widths):
     model = build(levels=[3])
     with torch.no_grad():
@@ -177,8 +220,6 @@ def test_what_cannot_be_drawn_by_levels_is_refused():
         model.generate(**asked, **image, stock=True)
     with pytest.raises(ValueError, match="not a jacobi_window"):
         model.generate(**asked, **image, jacobi_window=4)
-    with pytest.raises(ValueError, match="keeps no scores"):
-        model.generate(**asked, **image, output_scores=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="not continuous batching"):
         model.init_continuous_batching()
     begun = torch.tensor([[7, BOI, TEXT_ROWS, TEXT_ROWS + 1]])

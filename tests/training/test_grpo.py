@@ -253,6 +253,18 @@ def test_a_run_trains_resumes_exactly_and_shows_what_it_did(worlds_folder, tmp_p
     assert curve(train(path)) == before
 
 
+def test_a_model_that_draws_by_levels_is_scored_by_them(worlds_folder, tmp_path):
+    shutil.copytree(worlds_folder, tmp_path / "levels")
+    config = json.loads((tmp_path / "levels" / "config.json").read_text())
+    (tmp_path / "levels" / "config.json").write_text(json.dumps(config | {"levels": [1, 3, 12]}))
+    directory = train(grpo_recipe(tmp_path, tmp_path / "levels", "run", optimizer={"steps": 2, "lr": 1e-2}))
+    records = [record for record in directory.metrics() if "entropy" in record]
+    assert records[0]["ratio_deviation"] < 1e-3
+    assert UniMMForConditionalGeneration.from_pretrained(directory.model).config.levels == [1, 3, 12]
+    with pytest.raises(ValueError, match="stock scoring knows nothing of"):
+        train(grpo_recipe(tmp_path, tmp_path / "levels", "stock", objective={"score_under_grammar": False}))
+
+
 def test_stock_scoring_can_be_compared(worlds_folder, tmp_path):
     directory = train(grpo_recipe(tmp_path, worlds_folder, "stock", objective={"score_under_grammar": False}))
     assert directory.metrics()[0]["ratio_deviation"] > 0.01

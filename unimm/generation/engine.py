@@ -194,8 +194,8 @@ class Engine:
             keep_scores: return the processed scores, `-inf` at ids that were not legal.
 
         Raises:
-            ValueError: a picture by levels that begins inside a level, with kept scores, or in rows at different
-                places.
+            ValueError: a picture by levels that begins inside a level or has no known length, or rows that are at
+                different places of one.
         """
         batch, length = input_ids.shape
         sequences = torch.nn.functional.pad(input_ids, (0, max_length - length), value=self.pad_token_id)
@@ -211,7 +211,8 @@ class Engine:
             places = {self._place(row) for row, done in zip(rows, finished, strict=True) if not done}
             if places != {None}:
                 alive = torch.tensor([not done for done in finished], device=hidden.device)
-                run = self._by_levels(self._one_plan(plans, places, keep_scores), places.pop(), steps, alive, guided)
+                plan, kept = self._one_plan(plans, places), scores if keep_scores else None
+                run = self._by_levels(plan, places.pop(), steps, alive, guided, kept)
             elif self.window > 1 and not keep_scores and all(plan == plans[0] for plan in plans):
                 assert plans[0] is not None
                 run = self._ahead(hidden[:, -1], plans[0][:steps], guided)
@@ -292,24 +293,31 @@ class Engine:
         """Which code of a picture comes after a row's ids; None where none comes, or where none is drawn by levels."""
         return None if self.level_starts is None else self.grammar.place_after(row)
 
-    def _one_plan(
-        self, plans: Sequence[Sequence[Step] | None], places: set[int | None], keep_scores: bool
-    ) -> Sequence[Step]:
+    def _one_plan(self, plans: Sequence[Sequence[Step] | None], places: set[int | None]) -> Sequence[Step]:
         """The plan of all rows that have not ended, whose pictures are at these places."""
         one, *others = [plan for plan in plans if plan]
-        if keep_scores or len(places) > 1 or any(plan != one for plan in others):
+        if len(places) > 1 or any(plan != one for plan in others):
             raise ValueError(
-                f"Rows are at codes {places} of their pictures, and output_scores is {keep_scores}; drawing by levels "
-                "keeps no scores and takes rows of one size at one place: give generation_mode='image' and a grid."
+                f"Rows are at codes {places} of their pictures, or these differ in size; drawing by levels takes rows "
+                "that do neither: give generation_mode='image' and a grid."
             )
         if one[-1].state != self.grammar.num_states - 1:
             raise ValueError("Drawing by levels needs to know how long a picture is; give num_codes.")
         return one
 
     def _by_levels(
-        self, plan: Sequence[Step], place: int | None, steps: int, alive: torch.Tensor, guided: int
+        self,
+        plan: Sequence[Step],
+        place: int | None,
+        steps: int,
+        alive: torch.Tensor,
+        guided: int,
+        kept: list[torch.Tensor] | None,
     ) -> Iterator[torch.Tensor]:
-        """The same a level at a time: the codes from `place` on, then `<eoi>`; rows that are not alive are padded."""
+        """The same a level at a time: the codes from `place` on, then `<eoi>`; rows that are not alive are padded.
+
+        Scores `[B, V]` of every id go to `kept`.
+        """
         starts, token, end = self.level_starts, self.grammar.vocabulary.image_token_id, len(plan) - 1
         assert starts is not None
         assert place is not None
@@ -317,12 +325,11 @@ class Engine:
             raise ValueError(
                 f"The picture goes on at code {place}, inside the level of {starts[place]}; begin where a level does."
             )
-        levels = [list(level) for _, level in groupby(range(end), key=lambda step: starts[place + step])]
+        codes = groupby(range(min(end, steps)), key=lambda step: starts[place + step])
+        levels = [list(level) for _, level in codes] + [[end]] * (steps > end)
         unread = list[torch.Tensor]()  # [B, n], drawn and not in the cache
-        for level in [*levels, [end]]:
+        for level in levels:
             first, size = level[0], len(level)
-            if first >= steps:
-                return
             if first < end:
                 asked = torch.full((len(alive), size), token, device=alive.device)
                 states = self._step(torch.cat([*unread, asked], dim=1), first < guided)[:, -size:]
@@ -330,9 +337,9 @@ class Engine:
             else:
                 states = self._step(unread[0], first < guided)[:, -1:]
             noise = [self._noise(len(alive), self._legal(plan[step].state, alive.device)) for step in level]
-            found = torch.stack(self._choose_together(states, [plan[step] for step in level], noise), dim=1)
+            found = torch.stack(self._choose_together(states, [plan[step] for step in level], noise, kept), dim=1)
             unread = [found.masked_fill(~alive[:, None], self.pad_token_id)]
-            yield from unread[0][:, : steps - first].unbind(dim=1)
+            yield from unread[0].unbind(dim=1)
 
     def _ahead(self, hidden: torch.Tensor, plan: Sequence[Step], guided: int) -> Iterator[torch.Tensor]:
         """The same by guesses, for rows that all have one plan."""
@@ -367,10 +374,16 @@ class Engine:
             states, at = self._step(read, drawn < guided), drawn
 
     def _choose_together(
-        self, hidden: torch.Tensor, plan: Sequence[Step], noise: Sequence[torch.Tensor | None]
+        self,
+        hidden: torch.Tensor,
+        plan: Sequence[Step],
+        noise: Sequence[torch.Tensor | None],
+        kept: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """Ids `[B]` of every place, for hidden states `[R, W, D]` and the places' steps and noise."""
-        found: list[torch.Tensor] = [torch.empty(0)] * len(plan)
+        """Ids `[B]` of every place, for hidden states `[R, W, D]` and the places' steps and noise; `kept` is given the
+        scores `[B, V]`.
+        """
+        found, spread = ([torch.empty(0)] * len(plan) for _ in range(2))
         for step in set(plan):
             places = [place for place, other in enumerate(plan) if other == step]
             choices = self._legal(step.state, hidden.device)
@@ -380,6 +393,10 @@ class Engine:
             drawn = self._draw(scores, _stacked(noises)).view(-1, len(places))
             for column, place in enumerate(places):
                 found[place] = choices.ids(drawn[:, column])
+                if kept is not None:
+                    spread[place] = self._spread(scores.unflatten(0, (-1, len(places)))[:, column], choices)
+        if kept is not None:
+            kept += spread
         return found
 
     def _choose(
@@ -402,10 +419,14 @@ class Engine:
             else:
                 ids[at] = chosen
             if kept is not None:
-                rows = torch.arange(batch, device=hidden.device) if at is None else at
-                places = torch.arange(scores.shape[1], device=hidden.device)
-                kept[rows[:, None], choices.ids(places)] = scores
+                kept[slice(None) if at is None else at] = self._spread(scores, choices)
         return ids, kept
+
+    def _spread(self, scores: torch.Tensor, choices: Choices) -> torch.Tensor:
+        """Scores `[M, S]` of choices as `[M, V]` of all ids."""
+        spread = scores.new_full((len(scores), self.grammar.vocabulary.size), -float("inf"))
+        spread[:, choices.ids(torch.arange(scores.shape[1], device=scores.device))] = scores
+        return spread
 
     def _legal(self, state: int, device: torch.device) -> Choices:
         if state not in self.choices:

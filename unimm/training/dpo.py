@@ -30,7 +30,7 @@ from unimm.training.begin import SamplingConfig
 from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_end, share_batch, shared_arguments
 from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
-from unimm.training.policy import SamplingPolicy, load_policy
+from unimm.training.policy import SamplingPolicy
 from unimm.training.prompts import JudgesConfig, PromptsConfig, check_judged, choose_rewards, draw, make_prompts
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
@@ -123,6 +123,7 @@ class DrawingDPOTrainer(DPOTrainer):
             temperature=recipe.sampling.temperature,
             guidance_scale=recipe.sampling.guidance_scale,
             guidance_interval=recipe.sampling.guidance_interval,
+            levels=model.config.drawing_levels,
         )
         super().__init__(
             model=model,
@@ -182,7 +183,7 @@ def train_dpo(recipe: DpoRecipe) -> RunDirectory:
     set_seed(recipe.run.seed)
     directory = RunDirectory(recipe.run)
     directory.start(recipe)
-    model = load_policy(recipe.init_from, recipe.adapter)
+    model = load_model(recipe.init_from, recipe.adapter)
     processor = UniMMProcessor.from_pretrained(recipe.init_from)
     rewards = choose_rewards(recipe.rewards, recipe.alignment_model, recipe.judges, recipe.init_from)
     front = UniMM(model, processor, Path(recipe.init_from))

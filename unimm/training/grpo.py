@@ -25,13 +25,13 @@ from unimm.pipelines import UniMM
 from unimm.rewards import Drawing, Reward, RewardMixture
 from unimm.scorers.facts import SceneFacts
 from unimm.sequence import UniMMProcessor
-from unimm.training.adapter import AdapterConfig, hold_in_float32, lora_config
+from unimm.training.adapter import AdapterConfig, hold_in_float32, load_model, lora_config
 from unimm.training.begin import SamplingConfig
 from unimm.training.language import LanguageLoggingConfig, RunCallback, run_to_end, shared_arguments
 from unimm.training.loop import ON_CPU
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import plot_metrics
-from unimm.training.policy import SamplingPolicy, load_policy
+from unimm.training.policy import SamplingPolicy
 from unimm.training.prompts import JudgesConfig, PromptsConfig, check_judged, choose_rewards, draw, make_prompts
 from unimm.training.run_directory import RunConfig, RunDirectory
 from unimm.unified import UniMMForConditionalGeneration
@@ -196,6 +196,7 @@ class DrawingGRPOTrainer(GRPOTrainer):
             top_p=recipe.sampling.top_p,
             guidance_scale=recipe.sampling.guidance_scale,
             guidance_interval=recipe.sampling.guidance_interval,
+            levels=model.config.drawing_levels,
         )
         self.front = UniMM(model, processor, Path(recipe.init_from))
         self._scored: torch.Tensor | None = None
@@ -353,7 +354,12 @@ def train_grpo(recipe: GrpoRecipe) -> RunDirectory:
     number = rounds * recipe.rollout.prompts * PartialState(cpu=ON_CPU).num_processes
     prompts = make_prompts(recipe.prompts, number)
     check_judged(prompts, rewards)
-    model = load_policy(recipe.init_from, recipe.adapter)
+    model = load_model(recipe.init_from, recipe.adapter)
+    if model.config.levels is not None and not recipe.objective.score_under_grammar:
+        raise ValueError(
+            f"{recipe.init_from} draws by levels of {model.config.levels}, which stock scoring knows nothing of; set "
+            "objective.score_under_grammar: true."
+        )
     processor = UniMMProcessor.from_pretrained(recipe.init_from)
     arguments = grpo_arguments(recipe, directory, rewards, processor.grammar.longest)
     guard = GuardCallback(directory, recipe.guards)

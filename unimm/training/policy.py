@@ -15,9 +15,8 @@ from torch import nn
 from transformers import TopPLogitsWarper
 
 from unimm.generation import EVERYWHERE
-from unimm.sequence import SpanGrammar
-from unimm.training.adapter import AdapterConfig, load_model
-from unimm.unified import UniMMForConditionalGeneration
+from unimm.sequence import IGNORED_LABEL, Levels, SpanGrammar
+from unimm.unified.levels import ask
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class SamplingPolicy:
         null_prompt_ids: the unconditional prompt, which ends before the picture opens.
         temperature, top_p, guidance_scale: as in `generate`; 1 turns each off.
         guidance_interval: as in `generate`; (0, 1) guides everywhere.
+        levels: that the model draws by; None where it draws code after code.
     """
 
     grammar: SpanGrammar
@@ -45,6 +45,7 @@ class SamplingPolicy:
     top_p: float = 1.0
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = EVERYWHERE
+    levels: Levels | None = None
 
     def score(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sampled: int
@@ -54,7 +55,8 @@ class SamplingPolicy:
         Args:
             model: called with `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep` and `rows_to_keep`, so
                 that wrappers of parallel training and adapters stay in place.
-            input_ids: int64 `[B, T]`, prompts padded on the left and ending in `<boi>`, samples padded on the right.
+            input_ids: int64 `[B, T]`, prompts padded on the left, which all end in the same opening of a picture, and
+                samples padded on the right.
             attention_mask: int64 `[B, T]`, 0 at padding.
             num_sampled: C.
         """
@@ -62,13 +64,14 @@ class SamplingPolicy:
         states = self.grammar.states(input_ids)[:, -num_sampled - 1 : -1]
         table = self.grammar.table.to(input_ids.device)
         rows = table[states[sampled].unique()].any(dim=0).nonzero().squeeze(1)  # [R], ascending
-        logits = _logits(model, input_ids, attention_mask, num_sampled, rows)
+        logits = self._logits(model, input_ids, attention_mask, num_sampled, rows)
         if self.guidance_scale != 1:
             null = torch.tensor(self.null_prompt_ids, device=input_ids.device).expand(len(input_ids), -1)
-            drawn = slice(-num_sampled - 1, None)  # `<boi>` and what follows it
+            opened = (input_ids[0, :-num_sampled] == self.grammar.vocabulary.boi_token_id).nonzero()
+            drawn = slice(int(opened[-1]), None)  # `<boi>`, the size where the prompt gives it, and what follows
             ids = torch.cat([null, input_ids[:, drawn]], dim=1)
             mask = torch.cat([torch.ones_like(null), attention_mask[:, drawn]], dim=1)
-            unconditional = _logits(model, ids, mask, num_sampled, rows)
+            unconditional = self._logits(model, ids, mask, num_sampled, rows)
             guided = unconditional + self.guidance_scale * (logits - unconditional)
             inside = self.grammar.within(input_ids, self.guidance_interval)[:, -num_sampled - 1 : -1]
             logits = torch.where(inside[..., None], guided, logits)
@@ -76,6 +79,44 @@ class SamplingPolicy:
         places = torch.searchsorted(rows, targets.contiguous()).clamp_max(len(rows) - 1)
         assert bool((rows[places] == targets)[sampled].all()), "an id was sampled that the grammar never allows"
         return self._score(logits, states, places, sampled, table[:, rows])
+
+    def _logits(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_sampled: int,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits `[B, C, R]` of `rows` before each sampled id, at the positions that `generate` gives padded rows."""
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+        if self.levels is None:
+            output = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                logits_to_keep=num_sampled + 1,
+                rows_to_keep=rows,
+                use_cache=False,
+            )
+            return output.logits[:, :-1]
+        length = input_ids.shape[1]
+        labels = input_ids.masked_fill(attention_mask == 0, IGNORED_LABEL)
+        labels[:, :-num_sampled] = IGNORED_LABEL
+        asked = ask(input_ids, labels, attention_mask, positions, self.grammar, self.levels)
+        kept = torch.arange(length - num_sampled - 1, asked.input_ids.shape[1], device=input_ids.device)
+        output = model(
+            input_ids=asked.input_ids,
+            attention_mask=asked.mask,
+            position_ids=asked.position_ids,
+            logits_to_keep=kept,
+            rows_to_keep=rows,
+            use_cache=False,
+        )
+        before, placeholders = output.logits[:, :num_sampled], output.logits[:, num_sampled + 1 :]
+        is_code = (self.grammar.places(input_ids) >= 0) & (labels != IGNORED_LABEL)
+        present = asked.labels[:, length + 1 :] != IGNORED_LABEL
+        return before.masked_scatter(is_code[:, -num_sampled:, None], placeholders[present])
 
     def _score(
         self,
@@ -108,33 +149,3 @@ class SamplingPolicy:
         """Drop what lies outside the nucleus; the sampled id was inside when it was sampled, and stays."""
         kept = torch.isfinite(TopPLogitsWarper(self.top_p)(None, scores))
         return scores.masked_fill(~kept.scatter(1, chosen[:, None], True), -float("inf"))
-
-
-def load_policy(path: str, adapter: AdapterConfig | None) -> UniMMForConditionalGeneration:
-    """A saved model whose drawings are to be scored.
-
-    Raises:
-        ValueError: it draws by levels.
-    """
-    model = load_model(path, adapter)
-    if model.config.levels is not None:
-        raise ValueError(
-            f"{path} draws by levels of {model.config.levels}; drawings are scored code after code, so begin with a "
-            "model that draws them so."
-        )
-    return model
-
-
-def _logits(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_sampled: int, rows: torch.Tensor
-) -> torch.Tensor:
-    """Logits `[B, C, R]` of `rows` before each sampled id, at the positions that `generate` gives to padded rows."""
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp_min(0),
-        logits_to_keep=num_sampled + 1,
-        rows_to_keep=rows,
-        use_cache=False,
-    )
-    return output.logits[:, :-1]
