@@ -71,6 +71,27 @@ def legal_walks(draw, grammar):
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
+def test_places_of_codes_are_counted_alike_from_both_sides(name):
+    grammar = GRAMMARS[name]
+
+    @given(legal_walks(grammar))
+    @settings(max_examples=60, deadline=None)
+    def check(ids):
+        places = grammar.places(torch.tensor([ids]))[0].tolist()
+        for step, token in enumerate(ids):
+            is_code = token >= grammar.vocabulary.image_token_offset
+            expected = grammar.place_after(ids[:step])
+            assert places[step] == (expected if is_code else -1)
+
+    check()
+
+
+def test_codes_behind_a_full_picture_have_no_place():
+    ids = torch.tensor([[4, 1, 20, 21, 22, 23, 24, 4, 2, 20]])
+    assert FIXED.places(ids).tolist() == [[-1, -1, 0, 1, 2, 3, -1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
 def test_masks_equal_the_slow_machine(name):
     grammar = GRAMMARS[name]
 

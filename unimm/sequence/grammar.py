@@ -148,8 +148,10 @@ class SpanGrammar:
         `[B, T]`; -1 where there is no code.
         """
         opened, since, node = self._read(input_ids)
-        spelled, _, _, waiting = (values.to(input_ids.device)[node] for values in self._tree.nodes)
-        return torch.where(opened & (waiting == 0) & (since > spelled), since - spelled - 1, -1)
+        spelled, _, longest, waiting = (values.to(input_ids.device)[node] for values in self._tree.nodes)
+        place = since - spelled - 1
+        is_code = opened & (waiting == 0) & (place >= 0) & (place < longest * self.vocabulary.num_codebooks)
+        return torch.where(is_code, place, -1)
 
     def within(self, input_ids: torch.Tensor, share: tuple[float, float]) -> torch.Tensor:
         """Whether what follows every position lies in a share of the codes of an open picture, bool `[B, T]`.
