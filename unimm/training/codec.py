@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, socket_config
 from unimm.codec.dual import TwoSidedDecoder
-from unimm.codec.quantizers import VQ
+from unimm.codec.quantizers import VQ, VQConfig
+from unimm.codes import VisualCodes
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.nn.scripted import Lpips
 from unimm.scorers.reconstruction import psnr
@@ -51,6 +53,7 @@ from unimm.training.run_directory import RunConfig, RunDirectory
 
 SHEET_SIZE = 16
 HELD_OUT = 96  # pictures per world, or of the source
+WEIGHED = ("vq", "product")  # quantizers whose codebooks all see the vectors themselves
 COUNTED, COUNT_BATCH = 2_000, 50  # pictures whose codes say which rows stay, and how many are encoded at once
 
 
@@ -112,6 +115,8 @@ class CodecRecipe:
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes that pictures are drawn from.
         relation: a frozen model whose features say how the rows of the codebooks should lie to each other.
+        weigh_channels: number of pictures over which the channels of a quantizer with `channel_weights` are weighed
+            before the first step; 0 leaves the weights as they are.
         begin: a saved codec that training goes on from, by folder or Hub name; `model` then says what is otherwise.
         held: sockets that stay as they begin.
         pivot: weight of the mean squared distance of an encoder that learns from what it begins as.
@@ -137,6 +142,7 @@ class CodecRecipe:
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     relation: RelationConfig = field(default_factory=RelationConfig)
+    weigh_channels: int = 0
     begin: str = ""
     held: tuple[str, ...] = ()
     pivot: float = 0.0
@@ -158,6 +164,8 @@ class CodecTask:
         self.recipe = recipe
         self.pool = pool.pictures
         self.codec = continued(recipe.begin, recipe.model).to(memory_format=torch.channels_last)
+        if recipe.weigh_channels:
+            weigh_channels(self.codec, self.pool[: recipe.weigh_channels])
         hold(self.codec, recipe.held)
         self.pivot = Pivot(self.codec) if recipe.pivot else None
         self.relation = Relation(recipe.relation, self.pool, recipe.run.seed) if recipe.relation.model else None
@@ -276,6 +284,7 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
     if recipe.lengths.by_picture and not codec.length_policy.filled:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
     check_held(recipe.held, recipe.pivot, codec)
+    check_weighed(recipe, codec)
     if recipe.relation.model:
         check_relation(recipe.relation, codec)
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
@@ -296,15 +305,45 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
             patch_tower(teacher.model)
 
 
+def check_weighed(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
+    """Raise `ValueError` where channels should be weighed that have no weights, or would never be."""
+    quantizer = socket_config("quantizer", codec.quantizer)
+    asks = isinstance(quantizer, VQConfig) and quantizer.channel_weights
+    weighs = asks and codec.quantizer["kind"] in WEIGHED
+    if recipe.weigh_channels < 0 or ((asks or recipe.weigh_channels) and not weighs):
+        raise ValueError(
+            f"weigh_channels is {recipe.weigh_channels}, and the quantizer of kind {codec.quantizer['kind']!r} has no "
+            f"weights to measure; take kind: {' or '.join(WEIGHED)} with channel_weights: true, or leave it out."
+        )
+    if weighs and not (recipe.weigh_channels or recipe.begin):
+        raise ValueError("quantizer.channel_weights are to be measured; name a number of pictures in weigh_channels.")
+
+
+def weigh_channels(codec: VisualCodecModel, pictures: np.ndarray) -> None:
+    """Weigh the channels of every codebook by its vectors of uint8 pictures `[M, H, W, 3]`."""
+    codec.eval()
+    for book in (part for part in codec.quantizer.modules() if isinstance(part, VQ)):
+        seen: list[torch.Tensor] = []
+        hook = book.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, 1)))
+        for _ in encoded(codec, pictures):
+            pass
+        hook.remove()
+        book.weigh_channels(torch.cat(seen))
+
+
+def encoded(codec: VisualCodecModel, pictures: np.ndarray) -> Iterator[VisualCodes]:
+    """Codes of uint8 pictures `[M, H, W, 3]`, some at a time."""
+    for start in range(0, len(pictures), COUNT_BATCH):
+        pixels = resized(to_pixel_values(pictures[start : start + COUNT_BATCH]), codec.config.image_size)
+        yield codec.encode(codec.from_shown(pixels.to(codec.device)))
+
+
 def retire_duplicates(codec: VisualCodecModel, pictures: np.ndarray) -> None:
     """Leave one of every group of rows that cannot be told apart: the one that occurs most in uint8 `[M, H, W, 3]`."""
     books = [part for part in codec.quantizer.modules() if isinstance(part, VQ) and part.config.ema_decay is not None]
     if not books:
         return
-    batches = [pictures[start : start + COUNT_BATCH] for start in range(0, len(pictures), COUNT_BATCH)]
-    side = codec.config.image_size
-    shown = (resized(to_pixel_values(batch), side).to(codec.device) for batch in batches)
-    ids = torch.cat([codec.encode(codec.from_shown(pixels)).ids.flatten(0, 1) for pixels in shown])
+    ids = torch.cat([codes.ids.flatten(0, 1) for codes in encoded(codec, pictures)])
     for book, slot in zip(books, ids.unbind(dim=1), strict=True):
         book.retire_duplicates(torch.bincount(slot, minlength=book.config.size))
 
