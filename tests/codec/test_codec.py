@@ -311,6 +311,7 @@ TINY = {
         "levels": {"kind": "levels", "sides": [1, 2]},
         "streams": {"kind": "streams", "max_side": 3},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
+        "adaptive": {"kind": "adaptive", "rows": 2, "columns": 2},
     },
 }
 # What a value needs in the other sockets.
@@ -860,12 +861,13 @@ def test_a_grid_has_one_map_before_its_projection():
     first, last = codec.resampler.before[0], codec.resampler.to_positions
     wanted = F.linear(F.gelu(first(features.flatten(2).mT)), last.weight[..., 0], last.bias)
     torch.testing.assert_close(codec.resampler.sample(features), wanted)
-    with pytest.raises(ValueError, match="set one of them to 0"):
+    with pytest.raises(ValueError, match="set all but one of them to 0"):
         GridResamplerConfig(tanh_width=8, gelu_width=8)
 
 
 @pytest.mark.parametrize(
-    ("length", "legal"), [("fixed", "2 x 2"), ("resolution", "1 x 1, 1 x 2"), ("pooled", "2 x 2, 1 x 1")]
+    ("length", "legal"),
+    [("fixed", "2 x 2"), ("resolution", "1 x 1, 1 x 2"), ("pooled", "2 x 2, 1 x 1"), ("adaptive", "2 x 2, 1 x 1")],
 )
 def test_codes_on_a_grid_that_no_picture_has_are_refused(length, legal):
     codec = build(length=TINY["length"][length])
