@@ -32,6 +32,7 @@ class UniMMConfig(PreTrainedConfig):
         null_prompt_ids: the unconditional prompt of guidance.
         reads_features: whether pictures in a prompt are read as features of the codec's cells rather than as codes, as
             in LaVIT (2309.04669); see `FeatureReader`.
+        frozen_embedding: whether the rows of the embedding stay as they are while the rest learns.
         image_loss_weight: weight of a code against a text token in the loss.
         z_loss_weight: weight of the squared log of the softmax's divisor in the loss.
 
@@ -62,6 +63,7 @@ class UniMMConfig(PreTrainedConfig):
     vision_layers_after: int = 0
     vision_norm: bool = False
     reads_features: bool = False
+    frozen_embedding: bool = False
     image_loss_weight: float = 1.0
     z_loss_weight: float = 0.0
     tie_word_embeddings: bool = False
