@@ -245,6 +245,7 @@ TINY = {
             "meaning": CELLS,
             "feature_width": 12,
         },
+        "prompt": {"kind": "prompt", "dim": 16},
         "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
@@ -329,6 +330,7 @@ SCALES = {"quantizer": "scales", "length": "levels"}
 STREAMS = dict.fromkeys(SOCKETS, "streams")
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
+COMPANIONS |= {"prompt": LATENT | {"decoder": "prompt"}}
 COMPANIONS |= {"flow": FLOW, "merging": LEVELS, "level_vit": LEVELS}
 COMPANIONS |= {"queries": READERS, "query_vit": READERS}
 COMPANIONS |= dict.fromkeys(CLOSED.values(), CLOSED)

@@ -46,6 +46,7 @@ from unimm.training.objectives import (
     vision_tower,
 )
 from unimm.training.optimizer import OptimizerConfig
+from unimm.training.painting import FrozenPainter, PaintingConfig, check_painting
 from unimm.training.plots import contact_sheet, plot_usage
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
 from unimm.training.relations import Relation, RelationConfig, check_relation
@@ -115,6 +116,7 @@ class CodecRecipe:
         critic: a network that learns to tell copies from pictures.
         lengths: numbers of codes that pictures are drawn from.
         relation: a frozen model whose features say how the rows of the codebooks should lie to each other.
+        painting: a frozen text-to-image model that codes of a decoder of kind `prompt` are words to.
         weigh_channels: number of pictures over which the channels of a quantizer with `channel_weights` are weighed
             before the first step; 0 leaves the weights as they are.
         begin: a saved codec that training goes on from, by folder or Hub name; `model` then says what is otherwise.
@@ -142,6 +144,7 @@ class CodecRecipe:
     critic: CriticConfig = field(default_factory=CriticConfig)
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     relation: RelationConfig = field(default_factory=RelationConfig)
+    painting: PaintingConfig = field(default_factory=PaintingConfig)
     weigh_channels: int = 0
     begin: str = ""
     held: tuple[str, ...] = ()
@@ -173,6 +176,7 @@ class CodecTask:
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
         self.perceptual = perceptual_features(recipe.perceptual)
         self.distill = CellFeatures(recipe.distill) if recipe.distill.model else None
+        self.painter = FrozenPainter(recipe.painting) if recipe.painting.model else None
         self.teachers = {f"align_{name}": CellFeatures(config) for name, config in recipe.align.items()}
         self.captions: CaptionEmbeddings | None = None
         if recipe.contrast.model:
@@ -182,12 +186,12 @@ class CodecTask:
         self.model: nn.Module = CodecWithHeads(self.codec, self._heads())
         self.judge = PixelCritic(recipe.critic) if recipe.critic.weight else None
         self.critic: Critic | None = self.judge
-        needs_pixels = any(astuple(recipe.loss)) or self.perceptual is not None or self.judge is not None
         # A VAE takes longer to draw pixels than a flow to learn its latents.
-        self.compares_pixels = self.codec.vae is None or needs_pixels
+        self.compares_pixels = self.codec.config.draws_pixels and (self.codec.vae is None or needs_pixels(recipe))
         self.weights = {
             "perceptual": recipe.perceptual.weight,
             "distill": recipe.distill.weight,
+            "painting": recipe.painting.weight,
             "disentangle": recipe.disentangle,
             "contrast": recipe.contrast.weight,
             "pivot": recipe.pivot,
@@ -230,6 +234,8 @@ class CodecTask:
             named["perceptual"] = perceptual_loss(self.perceptual, drawn, pixels)
         if self.distill is not None:
             named["distill"] = distillation_loss(self.distill, output.features, pixels)
+        if self.painter is not None:
+            named["painting"] = self.painter.loss(output.reconstruction, pixels)
         if self.recipe.disentangle:
             named["disentangle"] = disentangling_loss(output.vectors, len(self.codec.quantizer.sizes))
         if self.pivot is not None:
@@ -250,7 +256,10 @@ class CodecTask:
         figures, used = {}, []
         for name, pixels in self.held_out.items():
             codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)))
-            figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
+            if self.codec.config.draws_pixels:
+                figures[f"psnr_{name}"] = float(psnr(self.codec.pictures(codes).cpu(), pixels).mean())
+            if self.painter is not None:
+                figures[f"painting_{name}"] = self.painter.figure(self.codec.decode(codes), pixels)
             used.append(codes.ids[codes.mask])
         hold(self.codec, self.recipe.held)
         spec = self.codec.spec_without_fingerprint
@@ -260,7 +269,9 @@ class CodecTask:
         return figures
 
     def draw_sheet(self, path: Path) -> None:
-        """Originals above their reconstructions, for every world."""
+        """Originals above their reconstructions, for every world; nothing of a codec that draws none."""
+        if not self.codec.config.draws_pixels:
+            return
         self.codec.eval()
         shown = torch.cat([pixels[: SHEET_SIZE // len(self.held_out) + 1] for pixels in self.held_out.values()])
         codes = self.codec.encode(self.codec.from_shown(shown.to(self.codec.device)))
@@ -285,6 +296,13 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
     check_held(recipe.held, recipe.pivot, codec)
     check_weighed(recipe, codec)
+    if not codec.draws_pixels and needs_pixels(recipe):
+        raise ValueError(
+            "loss, perceptual and critic compare pixels, and this codec draws none; set loss.squared, loss.absolute "
+            "and loss.edges to 0 and leave the others out."
+        )
+    if recipe.painting.model:
+        check_painting(recipe.painting, codec)
     if recipe.relation.model:
         check_relation(recipe.relation, codec)
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
@@ -303,6 +321,12 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
     for teacher in (recipe.distill, recipe.relation, *recipe.align.values()):
         if teacher.model:
             patch_tower(teacher.model)
+
+
+def needs_pixels(recipe: CodecRecipe) -> bool:
+    """Whether an objective looks at what is drawn."""
+    seen = recipe.perceptual.model or recipe.perceptual.lpips or recipe.critic.weight
+    return any(astuple(recipe.loss)) or bool(seen)
 
 
 def check_weighed(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
