@@ -245,6 +245,7 @@ TINY = {
             "meaning": CELLS,
             "feature_width": 12,
         },
+        "prompt": {"kind": "prompt", "dim": 16},
         "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
@@ -311,6 +312,7 @@ TINY = {
         "levels": {"kind": "levels", "sides": [1, 2]},
         "streams": {"kind": "streams", "max_side": 3},
         "pooled": {"kind": "pooled", "rows": 2, "columns": 2, "pools": [1, 2]},
+        "adaptive": {"kind": "adaptive", "rows": 2, "columns": 2},
     },
 }
 # What a value needs in the other sockets.
@@ -328,6 +330,7 @@ SCALES = {"quantizer": "scales", "length": "levels"}
 STREAMS = dict.fromkeys(SOCKETS, "streams")
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
 COMPANIONS |= dict.fromkeys(REGISTERS.values(), REGISTERS)
+COMPANIONS |= {"prompt": LATENT | {"decoder": "prompt"}}
 COMPANIONS |= {"flow": FLOW, "merging": LEVELS, "level_vit": LEVELS}
 COMPANIONS |= {"queries": READERS, "query_vit": READERS}
 COMPANIONS |= dict.fromkeys(CLOSED.values(), CLOSED)
@@ -860,12 +863,13 @@ def test_a_grid_has_one_map_before_its_projection():
     first, last = codec.resampler.before[0], codec.resampler.to_positions
     wanted = F.linear(F.gelu(first(features.flatten(2).mT)), last.weight[..., 0], last.bias)
     torch.testing.assert_close(codec.resampler.sample(features), wanted)
-    with pytest.raises(ValueError, match="set one of them to 0"):
+    with pytest.raises(ValueError, match="set all but one of them to 0"):
         GridResamplerConfig(tanh_width=8, gelu_width=8)
 
 
 @pytest.mark.parametrize(
-    ("length", "legal"), [("fixed", "2 x 2"), ("resolution", "1 x 1, 1 x 2"), ("pooled", "2 x 2, 1 x 1")]
+    ("length", "legal"),
+    [("fixed", "2 x 2"), ("resolution", "1 x 1, 1 x 2"), ("pooled", "2 x 2, 1 x 1"), ("adaptive", "2 x 2, 1 x 1")],
 )
 def test_codes_on_a_grid_that_no_picture_has_are_refused(length, legal):
     codec = build(length=TINY["length"][length])

@@ -124,6 +124,48 @@ def test_noise_hides_more_of_wider_vectors_and_a_reader_still_teaches(tower):
     assert codec.encoder.layers[0].conv.weight.grad.any()
 
 
+def of_two_signs(number, seed):
+    """Vectors `[number, 16, 8]` with the same two signs in all cells of a picture, under noise, and features that only
+    the product of both tells.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (number, 1, 2), generator=generator) * 2.0 - 1
+    vectors = torch.randn(number, 16, 8, generator=generator)
+    vectors[..., :2] += signs
+    wanted = torch.zeros(number, 16, 16)
+    wanted[..., 0] = signs.prod(dim=-1)
+    return vectors, wanted
+
+
+def test_a_mapper_reads_what_no_linear_map_and_no_cell_alone_tells(tower):
+    vectors, wanted = of_two_signs(512, 1)
+    others, told = of_two_signs(512, 2)
+    linear = torch.linalg.lstsq(vectors.flatten(1), wanted[:, 0, 0]).solution
+    assert 1 - ((others.flatten(1) @ linear).sign() * told[:, 0, 0]).mean() > 0.8
+    losses = {}
+    for mapper in (0, 1):
+        _, head, _ = head_of(GRID, tower, mapper=mapper)
+        optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
+        for step in range(120):
+            loss = head(*of_two_signs(64, 100 + step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            losses[mapper] = head(others, told).item()
+    assert losses[1] < 0.25 < 0.4 < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "mapper"), [(GRID | {"quantizer": {"kind": "gaussian"}}, 2), (GRID, 1), (SEQUENCE, 0), (SEQUENCE, 1)]
+)
+def test_features_teach_the_encoder_through_every_head(tower, model, mapper):
+    codec, head, wanted = head_of(model, tower, mapper=mapper)
+    head(codec(pixels()).vectors, wanted).backward()
+    assert all(weight.grad.any() for weight in codec.encoder.parameters())
+    assert not mapper or all(weight.grad.any() for weight in head.mapper.blocks.parameters())
+
+
 def test_branches_are_apart_where_they_are_orthogonal():
     one, other = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 5.0]])
     assert disentangling_loss(torch.cat([one, other], dim=-1)[None], 2) == 0
@@ -255,8 +297,9 @@ def recipe_of(folder, name, model, **objectives):
         (GRID, {"all": {}}, {"contrast": {"model": "clip"}}),
         (SEQUENCE, {"first": {"prefixes": {1: 1.0, 4: 0.5}}}, {"lengths": {"values": [2, 8]}}),
         (GRID | {"quantizer": {"kind": "gaussian"}}, {"noisy": {"noised": True}}, {}),
+        (GRID | {"quantizer": {"kind": "gaussian"}}, {"mapped": {"mapper": 1}}, {}),
     ],
-    ids=["branches", "grid", "sequence", "noised"],
+    ids=["branches", "grid", "sequence", "noised", "mapped"],
 )
 def test_what_is_taught_is_learned(tower, clip, tmp_path, model, align, others):
     """Each objective falls on four pictures."""
@@ -290,6 +333,7 @@ def test_what_is_taught_is_learned(tower, clip, tmp_path, model, align, others):
         (SEQUENCE, {"align": {"x": {"model": "m", "prefixes": {9: 1.0}}}}, "name 9 codes; this codec has 1 to 8"),
         (SEQUENCE, {"align": {"x": {"model": "m", "prefixes": {2: 0.0}}}}, "share above 0"),
         (SEQUENCE, {"align": {"x": {"model": "m", "prefixes": {"2": 1.0}}}}, "a key must be int, it is '2'"),
+        (GRID, {"align": {"x": {"model": "m", "mapper": -1}}}, "mapper is -1"),
         (GRID, {"align": {"x": {}}}, "align.NAME.model=PATH"),
         (GRID, {"align": {"x": {"model": "m", "slots": 1}}}, "Did you mean 'slot'|unknown key 'slots'"),
         (GRID, {"contrast": {"model": "m"}, "data": {"source": "photographs"}}, "data.text"),

@@ -29,6 +29,8 @@ class CellFlowConfig(FlowOptions):
 
     Args:
         flow_depth: layers of the latter, which is as wide as the former.
+        gated_detail: whether a cell begins as what its code means, with a learned share of its noisy pixels, rather
+            than as these alone; see `GatedDetail`.
     """
 
     dim: int = 64
@@ -40,6 +42,7 @@ class CellFlowConfig(FlowOptions):
     num_heads: int = 16
     steps: int = 1
     flow_depth: int = 12
+    gated_detail: bool = False
 
 
 class ModulatedMLP(nn.Module):
@@ -58,6 +61,23 @@ class ModulatedMLP(nn.Module):
         return hidden + gate * self.down(F.silu(self.up(self.norm(hidden) * (1 + scale) + shift)))
 
 
+class GatedDetail(nn.Module):
+    """What a position means, and as much of its detail as a number that the meaning says (Cheers, 2603.12793).
+
+    That number is 0 at first: meaning comes before detail.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, width)
+        self.gate = nn.Parameter(torch.zeros(width, 1))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, meaning: torch.Tensor, detail: torch.Tensor) -> torch.Tensor:
+        """`[B, N, D]` and `[B, N, D]` to the same."""
+        return self.norm(meaning + F.silu(self.up(meaning)) @ self.gate * detail)
+
+
 class CellFlowDecoder(Flow):
     """Codes `[B, dim, rows, columns]` to pictures `[B, C, H, W]`."""
 
@@ -71,6 +91,7 @@ class CellFlowDecoder(Flow):
         self.positions = nn.Parameter(torch.randn(cells, width) * SPREAD)
         self.to_condition = nn.Linear(width, width)
         self.patches = SpaceToChannels(config.channels, width, config.patch)
+        self.detail = GatedDetail(width) if config.gated_detail else None
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.layers = nn.ModuleList(ModulatedMLP(width) for _ in range(config.flow_depth))
         self.norm = nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
@@ -90,6 +111,8 @@ class CellFlowDecoder(Flow):
         passed = time_features((1 - time) * TIME_SCALE, TIME_FEATURES, PERIOD)  # the network counts from noise
         condition = self.to_condition(conditions) + self.time(passed.to(noisy.dtype))[:, None]
         hidden = cells.flatten(2).transpose(1, 2)
+        if self.detail is not None:
+            hidden = self.detail(conditions, hidden)
         for layer in self.layers:
             hidden = layer(hidden, condition)
         shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)

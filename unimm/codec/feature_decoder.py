@@ -209,3 +209,29 @@ class NoDecoder(nn.Module):
         raise ValueError(
             f"This codec has no decoder: {self.drawn_by} draws from its codes. lookup(codes) gives what that reads."
         )
+
+
+@dataclass(frozen=True)
+class PromptDecoderConfig(FeatureOptions):
+    """Codes that are words of a frozen text-to-image model, whose pipeline takes them as `prompt_embeds` (Visual
+    Lexicon, 2412.06774).
+
+    Args:
+        dim: width of a looked-up code, and of the model's words.
+    """
+
+    dim: int = 768
+
+    @property
+    def in_width(self) -> int:
+        return self.dim
+
+
+class PromptDecoder(nn.Module):
+    """`[B, N, dim]`, or `[B, dim, rows, columns]` line by line, as words `[B, N, dim]`."""
+
+    def __init__(self, config: PromptDecoderConfig) -> None:
+        super().__init__()
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors if vectors.ndim == 3 else vectors.flatten(2).transpose(1, 2)

@@ -14,12 +14,14 @@ class Arrangement:
         rows, columns: of the codes; a sequence is one row.
         pool: cells of the encoder's grid, per side, that were averaged into one position.
         codes: how many there are, where they do not lie as `rows` x `columns`; 0 where they do.
+        adaptive: whether cells are averaged so that they lie as `rows` x `columns`, whatever the encoder's grid.
     """
 
     rows: int
     columns: int
     pool: int = 1
     codes: int = 0
+    adaptive: bool = False
 
     @property
     def length(self) -> int:
@@ -298,6 +300,45 @@ class PooledLength(LengthPolicy):
 
 
 @dataclass(frozen=True)
+class AdaptiveLength(LengthPolicy):
+    """A picture of one size at its own length, or at that of any smaller square, whose cells are averages of those of
+    the encoder's grid that they lie over (TokenFLEX, 2504.03154).
+
+    Args:
+        rows, columns: of the encoder's grid.
+    """
+
+    rows: int
+    columns: int
+
+    def grids(self) -> list[tuple[int, int]]:
+        return [(self.rows, self.columns)]
+
+    def arrange(self, grid: tuple[int, int], num_tokens: int | None) -> Arrangement:
+        if num_tokens is None or num_tokens == self.rows * self.columns:
+            return Arrangement(*grid)
+        found = [(rows, columns) for rows, columns in self._squares() if rows * columns == num_tokens]
+        if not found:
+            side = min(self.rows, self.columns)
+            raise ValueError(
+                f"num_tokens is {num_tokens}; this codec makes {self.rows * self.columns} of a picture, or the square "
+                f"of 1 to {side}."
+            )
+        return Arrangement(*found[0], adaptive=True)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        legal = [*self.grids(), *self._squares()]
+        if grid not in legal:
+            raise self._no_grid(grid, legal)
+
+    def check_length(self, length: int) -> None:
+        self.arrange((self.rows, self.columns), length)
+
+    def _squares(self) -> list[tuple[int, int]]:
+        return [(side, side) for side in range(1, min(self.rows, self.columns) + 1)]
+
+
+@dataclass(frozen=True)
 class LevelsLength(LengthPolicy):
     """A picture of one size becomes square grids of rising sides, one after the other (VAR, 2404.02905).
 
@@ -454,6 +495,7 @@ LENGTH_POLICIES: dict[str, type[LengthPolicy]] = {
     "sequence": SequenceLength,
     "any_sequence": AnySequenceLength,
     "pooled": PooledLength,
+    "adaptive": AdaptiveLength,
     "levels": LevelsLength,
     "kept": KeptLength,
     "streams": StreamsLength,

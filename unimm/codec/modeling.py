@@ -194,7 +194,7 @@ class VisualCodecModel(PreTrainedModel):
                 features = self.encoder(self._read(pixel_values))
                 return encode_unhalted(self.resampler, self.quantizer, features, arrangement.length, allowed_error)
             cells = self.encoder(self._read(pixel_values))
-            quantized = self.quantizer(self._positions(cells, arrangement.pool, condition))
+            quantized = self.quantizer(self._positions(_averaged(cells, arrangement), arrangement.pool, condition))
         ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
             codes = VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
@@ -382,7 +382,7 @@ class VisualCodecModel(PreTrainedModel):
             return CodecOutput(step.drawn, step.quantized.ids, step.quantized.loss, halting_loss=step.loss)
         read = self._read(pixel_values)
         cells = self.encoder(read)
-        quantized = self.quantizer(self._positions(cells, arrangement.pool, reading))
+        quantized = self.quantizer(self._positions(_averaged(cells, arrangement), arrangement.pool, reading))
         grid, vectors = (arrangement.rows, arrangement.columns), quantized.vectors
         if not arrangement.codes:  # the first of a sequence, all of a grid
             vectors = vectors[:, : arrangement.length]
@@ -541,3 +541,10 @@ class VisualCodecModel(PreTrainedModel):
             init.zeros_(module.mlp.down.weight)
         if isinstance(module, (ModulatedGatedBlock, ModulatedMLP)):
             init.zeros_(module.modulation.weight)
+
+
+def _averaged(cells: torch.Tensor, arrangement: Arrangement) -> torch.Tensor:
+    """Features `[B, D, rows, columns]`, on a grid of its own where the arrangement has one."""
+    if not arrangement.adaptive:
+        return cells
+    return F.adaptive_avg_pool2d(cells, (arrangement.rows, arrangement.columns))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unimm.nn.blocks import PackedGatedMLP
 from unimm.nn.geglu import AttentionProjection
 
 
@@ -50,6 +51,7 @@ class GridResamplerConfig:
         norm: whether each position is normalised first.
         tanh_width: width of a linear map and a tanh before the rest; 0 for none.
         gelu_width: of a linear map and a GELU there instead.
+        gated_width: of a SwiGLU there instead, which keeps the encoder's width (TokenFLEX, 2504.03154).
         project: whether linear maps lie on both sides of the quantizer; without them all widths must be `dim`.
         project_back: whether the one behind the quantizer is there; without it the decoder reads the codes' vectors.
     """
@@ -59,12 +61,16 @@ class GridResamplerConfig:
     norm: bool = True
     tanh_width: int = 0
     gelu_width: int = 0
+    gated_width: int = 0
     project: bool = True
     project_back: bool = True
 
     def __post_init__(self) -> None:
-        if self.tanh_width and self.gelu_width:
-            raise ValueError(f"tanh_width is {self.tanh_width} and gelu_width {self.gelu_width}; set one of them to 0.")
+        if sum(bool(width) for width in (self.tanh_width, self.gelu_width, self.gated_width)) > 1:
+            raise ValueError(
+                f"tanh_width is {self.tanh_width}, gelu_width {self.gelu_width} and gated_width {self.gated_width}; "
+                "set all but one of them to 0."
+            )
 
 
 class GridResampler(Resampler):
@@ -89,6 +95,8 @@ class GridResampler(Resampler):
         if width := config.tanh_width or config.gelu_width:
             self.before = nn.Sequential(nn.Linear(encoder_width, width), nn.Tanh() if config.tanh_width else nn.GELU())
             encoder_width = width
+        elif config.gated_width:
+            self.before = PackedGatedMLP(encoder_width, config.gated_width)
         self.norm = nn.GroupNorm(config.groups, encoder_width) if config.norm else nn.Identity()
         self.to_positions: nn.Module = nn.Identity()
         self.to_grid: nn.Module = nn.Identity()

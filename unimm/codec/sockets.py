@@ -34,6 +34,8 @@ from unimm.codec.feature_decoder import (
     FeatureViTConfig,
     NoDecoder,
     NoDecoderConfig,
+    PromptDecoder,
+    PromptDecoderConfig,
 )
 from unimm.codec.flow import FlowDecoder, FlowDecoderConfig
 from unimm.codec.frame import FrameDecoder, FrameDecoderConfig, FrameEncoder, FrameEncoderConfig
@@ -127,5 +129,6 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "flow": (FlowDecoderConfig, FlowDecoder),
     "cell_flow": (CellFlowConfig, CellFlowDecoder),
     "streams": (StreamsDecoderConfig, StreamsDecoder),
+    "prompt": (PromptDecoderConfig, PromptDecoder),
     "none": (NoDecoderConfig, NoDecoder),
 }

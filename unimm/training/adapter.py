@@ -33,7 +33,7 @@ class AdapterConfig:
         alpha: their scale is alpha / rank.
         dropout: before the updates.
         target_modules: names of the linear layers of the text model that are adapted.
-        code_rows: also train the code rows of embedding and head.
+        code_rows: also train the code rows of embedding and head, of the head alone where the embedding is frozen.
         vision_layers: also train the layers and the norm for pictures, where the model has them.
         frozen: how the weights that are not trained are held: float32, bfloat16, or int8 and nf4 of bitsandbytes.
 
@@ -140,8 +140,9 @@ def merge_adapter(model: PeftModel, config: AdapterConfig, folder: Path) -> UniM
 
 
 def _row_modules(model: UniMMForConditionalGeneration) -> list[str]:
-    """Names of the embedding and of the head."""
-    wanted = (model.get_input_embeddings(), model.get_output_embeddings())
+    """Names of the head and of an embedding that learns."""
+    frozen = model.config.frozen_embedding
+    wanted = (model.get_output_embeddings(), *(() if frozen else (model.get_input_embeddings(),)))
     return [name for name, module in model.named_modules() if module in wanted]
 
 

@@ -34,11 +34,15 @@ TEXT_SAMPLES = 4_000  # rows whose words the text vocabulary is learned from
 
 @dataclass(frozen=True)
 class TextModelConfig:
-    """A text model from nothing: an architecture of transformers, its sizes, and at most `vocab_size` text rows."""
+    """A text model from nothing: an architecture of transformers, its sizes, and at most `vocab_size` text rows.
+
+    With `glyphs` the embedding has pictures of its texts as rows, and does not learn (Emergent Semantics, 2507.04886).
+    """
 
     model_type: str = "qwen3"
     vocab_size: int = 2048
     max_length: int = 512
+    glyphs: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,6 +109,8 @@ def begin_model(
     model = UniMMForConditionalGeneration(config_for(text_config, codec, processor))
     model.model.visual = codec.eval().requires_grad_(False)
     model.begin_code_rows()
+    if text_model.glyphs:
+        model.begin_glyph_rows(tokenizer)
     return model, processor
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from unimm.codec import VisualCodecConfig, VisualCodecImageProcessor, VisualCodecModel, socket_config
 from unimm.codec.dual import TwoSidedDecoder
-from unimm.codec.quantizers import VQ
+from unimm.codec.quantizers import VQ, VQConfig
 from unimm.codes import VisualCodes
 from unimm.data.pictures import to_pictures, to_pixel_values
 from unimm.nn.scripted import Lpips
@@ -47,6 +47,7 @@ from unimm.training.objectives import (
     vision_tower,
 )
 from unimm.training.optimizer import OptimizerConfig
+from unimm.training.painting import FrozenPainter, PaintingConfig, check_painting
 from unimm.training.plots import contact_sheet, plot_usage
 from unimm.training.pool import Pool, PoolConfig, prepare_pool
 from unimm.training.relations import Relation, RelationConfig, check_relation
@@ -54,6 +55,7 @@ from unimm.training.run_directory import RunConfig, RunDirectory
 
 SHEET_SIZE = 16
 HELD_OUT = 96  # pictures per world, or of the source
+WEIGHED = ("vq", "product")  # quantizers whose codebooks all see the vectors themselves
 COUNTED, COUNT_BATCH = 2_000, 50  # pictures whose codes say which rows stay, and how many are encoded at once
 
 
@@ -116,6 +118,9 @@ class CodecRecipe:
         lengths: numbers of codes that pictures are drawn from.
         relation: a frozen model whose features say how the rows of the codebooks should lie to each other.
         text: a frozen model of texts, for a codec that reads or draws under the features of captions.
+        painting: a frozen text-to-image model that codes of a decoder of kind `prompt` are words to.
+        weigh_channels: number of pictures over which the channels of a quantizer with `channel_weights` are weighed
+            before the first step; 0 leaves the weights as they are.
         begin: a saved codec that training goes on from, by folder or Hub name; `model` then says what is otherwise.
         held: sockets that stay as they begin.
         pivot: weight of the mean squared distance of an encoder that learns from what it begins as.
@@ -142,6 +147,8 @@ class CodecRecipe:
     lengths: LengthsConfig = field(default_factory=LengthsConfig)
     relation: RelationConfig = field(default_factory=RelationConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    painting: PaintingConfig = field(default_factory=PaintingConfig)
+    weigh_channels: int = 0
     begin: str = ""
     held: tuple[str, ...] = ()
     pivot: float = 0.0
@@ -163,15 +170,18 @@ class CodecTask:
         self.recipe = recipe
         self.pool, self.texts, self.held_out_texts = pool.pictures, pool.captions, pool.held_out_captions
         self.codec = continued(recipe.begin, recipe.model).to(memory_format=torch.channels_last)
+        size = self.codec.condition_size
+        self.text = None if size is None else CaptionFeatures(recipe.text, size[0])
+        if recipe.weigh_channels:
+            weigh_channels(self.codec.eval(), self._encoded(recipe.weigh_channels))
         hold(self.codec, recipe.held)
         self.pivot = Pivot(self.codec) if recipe.pivot else None
         self.relation = Relation(recipe.relation, self.pool, recipe.run.seed) if recipe.relation.model else None
         side = self.codec.config.image_size
         self.held_out = {name: resized(pixels, side) for name, pixels in pool.held_out.items()}
-        size = self.codec.condition_size
-        self.text = None if size is None else CaptionFeatures(recipe.text, size[0])
         self.perceptual = perceptual_features(recipe.perceptual)
         self.distill = CellFeatures(recipe.distill) if recipe.distill.model else None
+        self.painter = FrozenPainter(recipe.painting) if recipe.painting.model else None
         self.teachers = {f"align_{name}": CellFeatures(config) for name, config in recipe.align.items()}
         self.captions: CaptionEmbeddings | None = None
         if recipe.contrast.model:
@@ -181,12 +191,12 @@ class CodecTask:
         self.model: nn.Module = CodecWithHeads(self.codec, self._heads())
         self.judge = PixelCritic(recipe.critic) if recipe.critic.weight else None
         self.critic: Critic | None = self.judge
-        needs_pixels = any(astuple(recipe.loss)) or self.perceptual is not None or self.judge is not None
         # A VAE takes longer to draw pixels than a flow to learn its latents.
-        self.compares_pixels = self.codec.vae is None or needs_pixels
+        self.compares_pixels = self.codec.config.draws_pixels and (self.codec.vae is None or needs_pixels(recipe))
         self.weights = {
             "perceptual": recipe.perceptual.weight,
             "distill": recipe.distill.weight,
+            "painting": recipe.painting.weight,
             "disentangle": recipe.disentangle,
             "contrast": recipe.contrast.weight,
             "pivot": recipe.pivot,
@@ -231,6 +241,8 @@ class CodecTask:
             named["perceptual"] = perceptual_loss(self.perceptual, drawn, pixels)
         if self.distill is not None:
             named["distill"] = distillation_loss(self.distill, output.features, pixels)
+        if self.painter is not None:
+            named["painting"] = self.painter.loss(output.reconstruction, pixels)
         if self.recipe.disentangle:
             named["disentangle"] = disentangling_loss(output.vectors, len(self.codec.quantizer.sizes))
         if self.pivot is not None:
@@ -251,7 +263,10 @@ class CodecTask:
         figures, used = {}, []
         for name, pixels in self.held_out.items():
             codes, copies = self._copy(pixels, self.held_out_texts.get(name, []))
-            figures[f"psnr_{name}"] = float(psnr(copies, pixels).mean())
+            if copies is not None:
+                figures[f"psnr_{name}"] = float(psnr(copies, pixels).mean())
+            if self.painter is not None:
+                figures[f"painting_{name}"] = self.painter.figure(self.codec.decode(codes), pixels)
             used.append(codes.ids[codes.mask])
         hold(self.codec, self.recipe.held)
         spec = self.codec.spec_without_fingerprint
@@ -261,18 +276,19 @@ class CodecTask:
         return figures
 
     def draw_sheet(self, path: Path) -> None:
-        """Originals above their reconstructions, for every world."""
+        """Originals above their reconstructions, for every world; nothing of a codec that draws none."""
         self.codec.eval()
         each = SHEET_SIZE // len(self.held_out) + 1
         shown = torch.cat([pixels[:each] for pixels in self.held_out.values()])
-        rows = [shown, self._copy(shown, [text for texts in self.held_out_texts.values() for text in texts[:each]])[1]]
+        copies = self._copy(shown, [text for texts in self.held_out_texts.values() for text in texts[:each]])[1]
         hold(self.codec, self.recipe.held)
-        contact_sheet([p for row in rows for p in to_pictures(row)], path, columns=len(shown))
+        if copies is not None:
+            contact_sheet([*to_pictures(shown), *to_pictures(copies)], path, columns=len(shown))
 
     def save(self, path: Path) -> None:
         self.codec.eval()
         if "quantizer" not in self.recipe.held:
-            retire_duplicates(self.codec, self._codes())
+            retire_duplicates(self.codec, self._encoded(COUNTED))
         self.codec.to(memory_format=torch.contiguous_format).save_pretrained(path)
         VisualCodecImageProcessor.for_codec(self.codec.config).save_pretrained(path)
 
@@ -280,19 +296,22 @@ class CodecTask:
         """What a conditioned codec knows of pictures with these captions, `[B, L, D]`."""
         return None if self.text is None else self.text(texts)
 
-    def _copy(self, pixels: torch.Tensor, texts: Sequence[str]) -> tuple[VisualCodes, torch.Tensor]:
-        """Codes of shown pictures `[B, 3, H, W]`, and what is drawn of them, of the same shape."""
+    def _copy(self, pixels: torch.Tensor, texts: Sequence[str]) -> tuple[VisualCodes, torch.Tensor | None]:
+        """Codes of shown pictures `[B, 3, H, W]`, and what is drawn of them, of the same shape, where anything is."""
         reading, drawing = self.codec.conditions(self._condition(texts))
         codes = self.codec.encode(self.codec.from_shown(pixels.to(self.codec.device)), condition=reading)
-        return codes, self.codec.pictures(codes, condition=drawing).cpu()
+        draws = self.codec.config.draws_pixels
+        return codes, self.codec.pictures(codes, condition=drawing).cpu() if draws else None
 
-    def _codes(self) -> Iterator[torch.Tensor]:
-        """Codes `[B N, K]` of pictures to learn from, a batch at a time."""
-        side = self.codec.config.image_size
-        for start in range(0, min(COUNTED, len(self.pool)), COUNT_BATCH):
-            shown = resized(to_pixel_values(self.pool[start : start + COUNT_BATCH]), side).to(self.codec.device)
-            reading, _ = self.codec.conditions(self._condition(self.texts[start : start + COUNT_BATCH]))
-            yield self.codec.encode(self.codec.from_shown(shown), condition=reading).ids.flatten(0, 1)
+    @torch.no_grad()
+    def _encoded(self, number: int) -> Iterator[VisualCodes]:
+        """Codes of so many pictures to learn from, some at a time."""
+        side, pictures = self.codec.config.image_size, self.pool[:number]
+        for start in range(0, len(pictures), COUNT_BATCH):
+            batch = slice(start, min(start + COUNT_BATCH, len(pictures)))
+            shown = resized(to_pixel_values(pictures[batch]), side).to(self.codec.device)
+            reading, _ = self.codec.conditions(self._condition(self.texts[batch]))
+            yield self.codec.encode(self.codec.from_shown(shown), condition=reading)
 
 
 def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
@@ -304,6 +323,14 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
         raise ValueError("lengths.by_picture draws pictures of several lengths together; set length.filled: true.")
     check_held(recipe.held, recipe.pivot, codec)
     check_text(recipe.text, recipe.data.has_captions, codec)
+    check_weighed(recipe, codec)
+    if not codec.draws_pixels and needs_pixels(recipe):
+        raise ValueError(
+            "loss, perceptual and critic compare pixels, and this codec draws none; set loss.squared, loss.absolute "
+            "and loss.edges to 0 and leave the others out."
+        )
+    if recipe.painting.model:
+        check_painting(recipe.painting, codec)
     if recipe.relation.model:
         check_relation(recipe.relation, codec)
     if recipe.distill.model and not socket_config("decoder", codec.decoder).makes_features:
@@ -324,12 +351,48 @@ def check_objectives(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
             patch_tower(teacher.model)
 
 
-def retire_duplicates(codec: VisualCodecModel, codes: Iterator[torch.Tensor]) -> None:
-    """Leave one of every group of rows that cannot be told apart: the one that occurs most in codes `[M, K]`."""
+def needs_pixels(recipe: CodecRecipe) -> bool:
+    """Whether an objective looks at what is drawn."""
+    seen = recipe.perceptual.model or recipe.perceptual.lpips or recipe.critic.weight
+    return any(astuple(recipe.loss)) or bool(seen)
+
+
+def check_weighed(recipe: CodecRecipe, codec: VisualCodecConfig) -> None:
+    """Raise `ValueError` where channels should be weighed that have no weights, or would never be."""
+    quantizer = socket_config("quantizer", codec.quantizer)
+    asks = isinstance(quantizer, VQConfig) and quantizer.channel_weights
+    weighs = asks and codec.quantizer["kind"] in WEIGHED
+    if recipe.weigh_channels < 0 or ((asks or recipe.weigh_channels) and not weighs):
+        raise ValueError(
+            f"weigh_channels is {recipe.weigh_channels}, and the quantizer of kind {codec.quantizer['kind']!r} has no "
+            f"weights to measure; take kind: {' or '.join(WEIGHED)} with channel_weights: true, or leave it out."
+        )
+    if weighs and not (recipe.weigh_channels or recipe.begin):
+        raise ValueError("quantizer.channel_weights are to be measured; name a number of pictures in weigh_channels.")
+
+
+def weigh_channels(codec: VisualCodecModel, batches: Iterator[VisualCodes]) -> None:
+    """Weigh the channels of every codebook by the vectors that it is given while the codes are made."""
+    books = [part for part in codec.quantizer.modules() if isinstance(part, VQ)]
+    seen: list[list[torch.Tensor]] = [[] for _ in books]
+    hooks = [
+        book.register_forward_pre_hook(lambda _, inputs, vectors=vectors: vectors.append(inputs[0].flatten(0, 1)))
+        for book, vectors in zip(books, seen, strict=True)
+    ]
+    for _ in batches:
+        pass
+    for book, hook, vectors in zip(books, hooks, seen, strict=True):
+        hook.remove()
+        book.weigh_channels(torch.cat(vectors))
+
+
+def retire_duplicates(codec: VisualCodecModel, batches: Iterator[VisualCodes]) -> None:
+    """Leave one of every group of rows that cannot be told apart: the one that occurs most in the codes."""
     books = [part for part in codec.quantizer.modules() if isinstance(part, VQ) and part.config.ema_decay is not None]
     if not books:
         return
-    for book, slot in zip(books, torch.cat(list(codes)).unbind(dim=1), strict=True):
+    ids = torch.cat([codes.ids.flatten(0, 1) for codes in batches])
+    for book, slot in zip(books, ids.unbind(dim=1), strict=True):
         book.retire_duplicates(torch.bincount(slot, minlength=book.config.size))
 
 

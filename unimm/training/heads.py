@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unimm.codec import CodecOutput, VisualCodecConfig, VisualCodecModel, socket_config
-from unimm.nn.blocks import CrossAttention
+from unimm.nn.blocks import CrossAttention, TransformerBlock
 from unimm.training.objectives import CellFeatures, FeatureConfig, cosine_loss
 
 SPREAD = 0.02  # of fresh queries and positions
@@ -34,17 +34,22 @@ class AlignmentConfig(FeatureConfig):
         prefixes: numbers of codes that are read alone, and the share of each in the loss; empty for all codes.
         noised: whether they are read from vectors on their way to noise, by `noised`, so that a flow over them means
             something at every step (RecTok, 2512.13421).
+        mapper: transformer blocks in which the cells meet before each is read, so that the vectors need not lie as the
+            features do to tell them (Send-VAE); 0 reads each cell by itself.
 
     Raises:
-        ValueError: no model, or shares that are none.
+        ValueError: no model, shares that are none, or fewer than no blocks.
     """
 
     weight: float = 0.5
     slot: int | None = None
     prefixes: dict[int, float] = field(default_factory=dict)
     noised: bool = False
+    mapper: int = 0
 
     def __post_init__(self) -> None:
+        if self.mapper < 0:
+            raise ValueError(f"mapper is {self.mapper}; give a number of blocks, 0 for none.")
         if not self.model:
             raise ValueError("An alignment names no model; give align.NAME.model=PATH, a vision model of transformers.")
         if any(share <= 0 for share in self.prefixes.values()):
@@ -89,6 +94,11 @@ def check_branches(wish: str, codec: VisualCodecConfig) -> None:
         )
 
 
+def heads_of(width: int) -> int:
+    """Attention heads of a width."""
+    return width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
+
+
 class CellReader(nn.Module):
     """Vectors `[B, n, D]` of the first codes of a sequence to `[B, cells, width]`: every cell asks them all once."""
 
@@ -98,9 +108,7 @@ class CellReader(nn.Module):
         self.positions = nn.Parameter(torch.randn(length, width) * SPREAD)
         self.queries = nn.Parameter(torch.randn(cells, width) * SPREAD)
         self.norm = nn.LayerNorm(width)
-        self.attention = CrossAttention(
-            width, width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1, context_width=width
-        )
+        self.attention = CrossAttention(width, heads_of(width), context_width=width)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         codes = self.norm(self.embed(vectors) + self.positions[: vectors.shape[1]])
@@ -123,8 +131,23 @@ class CellGrid(nn.Module):
         return grid.flatten(2).transpose(1, 2)
 
 
+class CellMapper(nn.Module):
+    """Cells `[B, cells, D]` to `[B, cells, width]`, which have met in transformer blocks."""
+
+    def __init__(self, dim: int, cells: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(dim, width)
+        self.positions = nn.Parameter(torch.randn(cells, width) * SPREAD)
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads_of(width)) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, cells: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.blocks(self.embed(cells) + self.positions))
+
+
 class AlignmentHead(nn.Module):
-    """What the codes stand for, read as the features of a frozen model: three layers for each of its cells.
+    """What the codes stand for, read as the features of a frozen model: three layers for each of its cells, after the
+    blocks in which they meet.
 
     Args:
         length: codes of a picture.
@@ -139,8 +162,12 @@ class AlignmentHead(nn.Module):
         dim, width = codec.dim // self.num_slots, features.width
         on_grid = codec.length.layout == "grid"
         self.cells = CellGrid(features.num_cells) if on_grid else CellReader(dim, length, features.num_cells, width)
+        read = dim if on_grid else width
+        self.mapper: nn.Module = nn.Identity()
+        if config.mapper:
+            self.mapper, read = CellMapper(read, features.num_cells, width, config.mapper), width
         self.layers = nn.Sequential(
-            nn.Linear(dim if on_grid else width, width),
+            nn.Linear(read, width),
             nn.GELU(),
             nn.Linear(width, width),
             nn.GELU(),
@@ -154,7 +181,7 @@ class AlignmentHead(nn.Module):
         if self.noised:
             vectors = noised(vectors)
         losses = [
-            share * cosine_loss(self.layers(self.cells(vectors[:, :codes])), wanted)
+            share * cosine_loss(self.layers(self.mapper(self.cells(vectors[:, :codes]))), wanted)
             for codes, share in self.prefixes.items()
         ]
         return torch.stack(losses).sum() / sum(self.prefixes.values())

@@ -34,6 +34,7 @@ class UniMMConfig(PreTrainedConfig):
             in LaVIT (2309.04669); see `FeatureReader`.
         levels: sizes of the levels that pictures are drawn by, all codes of a level in one pass; see `Levels` and
             `unimm.unified.levels`. None draws one code after the other.
+        frozen_embedding: whether the rows of the embedding stay as they are while the rest learns.
         image_loss_weight: weight of a code against a text token in the loss.
         z_loss_weight: weight of the squared log of the softmax's divisor in the loss.
 
@@ -66,6 +67,7 @@ class UniMMConfig(PreTrainedConfig):
     vision_norm: bool = False
     reads_features: bool = False
     levels: list[int] | None = None
+    frozen_embedding: bool = False
     image_loss_weight: float = 1.0
     z_loss_weight: float = 0.0
     tie_word_embeddings: bool = False

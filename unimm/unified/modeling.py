@@ -19,6 +19,7 @@ from unimm.generation import UniMMGenerationMixin
 from unimm.sequence import IGNORED_LABEL, ImageSpan, UniMMProcessor, shape_fields
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.decoder import CachedDecoder, is_covered
+from unimm.unified.glyphs import glyph_rows, texts_of_tokens
 from unimm.unified.levels import Asked, ask
 from unimm.unified.losses import factored_cross_entropy
 from unimm.unified.reader import FeatureReader
@@ -89,8 +90,12 @@ class UniMMModel(UniMMPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> UniMMModel:
-        """The codec is frozen and stays in eval mode; loading has made its weights trainable."""
+        """The codec is frozen and stays in eval mode, and so may be the embedding; loading has made all weights
+        trainable.
+        """
         super().train(mode)
+        if self.config.frozen_embedding:
+            self.get_input_embeddings().requires_grad_(False)
         if self.visual is not None:
             self.visual.eval().requires_grad_(False)
         return self
@@ -395,6 +400,19 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             norm = float(weight[: vocabulary.image_token_offset].float().norm(dim=1).mean())
             for block, vectors in zip(vocabulary.blocks, slots, strict=True):
                 weight[block] = code_rows(vectors.cpu(), weight.shape[1], norm).to(weight)
+
+    @torch.no_grad()
+    def begin_glyph_rows(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the text rows of the embedding pictures of their texts, at their mean norm, and leave the whole
+        embedding as it is from then on (Emergent Semantics, 2507.04886); see `glyph_rows`.
+        """
+        embedding, offset = self.get_input_embeddings().weight, self.config.vocabulary.image_token_offset
+        assert isinstance(embedding, torch.Tensor)
+        norm = float(embedding[:offset].float().norm(dim=1).mean())
+        rows = glyph_rows(texts_of_tokens(tokenizer, offset), embedding.shape[1], norm)
+        embedding[:offset] = rows.to(embedding)
+        self.config.frozen_embedding = True
+        self.train(self.training)
 
     @classmethod
     def from_backbones(

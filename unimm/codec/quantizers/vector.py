@@ -50,6 +50,9 @@ class VQConfig:
             vector of the batch; 0 never restarts.
         kmeans_steps: of Lloyd's algorithm over the first batch of training, whose means the rows start from
             (SoundStream, 2107.03312); 0 starts from rows as they are drawn.
+        channel_weights: distances count a difference along each principal axis of the vectors by their variance there
+            (DINO-Tok, 2511.20565), which `weigh_channels` measures; until then all alike. Codes stand for the rows as
+            they are.
 
     What a batch does to rows directly (an EMA, restarts, re-anchoring, the start) the batches of all processes do.
     """
@@ -73,6 +76,7 @@ class VQConfig:
     sample_temperature: float = 0.0
     reanchor: bool = False
     kmeans_steps: int = 0
+    channel_weights: bool = False
 
 
 class VQ(Quantizer):
@@ -80,13 +84,15 @@ class VQ(Quantizer):
 
     Raises:
         ValueError: fewer than two rows, a restart threshold without EMA counts, an unknown metric, vectors of another
-            width than the rows without projection, mapped rows that would follow an EMA, or parts that are not a row.
+            width than the rows without projection, mapped rows that would follow an EMA, parts that are not a row, or
+            channels that weigh in what is no distance.
     """
 
     usage: torch.Tensor
     sums: torch.Tensor
     shares: torch.Tensor
     started: torch.Tensor
+    channel_map: torch.Tensor
 
     def __init__(self, config: VQConfig, *, dim: int) -> None:
         super().__init__()
@@ -114,6 +120,8 @@ class VQ(Quantizer):
             )
         if config.parts and (sum(config.parts) != config.dim or not config.normalize):
             raise ValueError(f"parts are {config.parts}; they must add up to dim {config.dim}, under normalize: true.")
+        if config.channel_weights and config.metric != "l2":
+            raise ValueError(f"channel_weights weigh distances and metric is {config.metric!r}; take metric: l2.")
         self.config = config
         self.sizes = (config.size,)
         self.to_rows = nn.Linear(dim, config.dim) if config.project else nn.Identity()
@@ -128,6 +136,8 @@ class VQ(Quantizer):
             self.register_buffer("shares", torch.zeros(config.size))
         if config.kmeans_steps:
             self.register_buffer("started", torch.tensor(False))
+        if config.channel_weights:
+            self.register_buffer("channel_map", torch.eye(config.dim))
 
     def quantize(self, vectors: torch.Tensor) -> Quantized:
         latents = self._normalized(self.to_rows(vectors))
@@ -168,18 +178,40 @@ class VQ(Quantizer):
         """
         if self.config.ema_decay is None:
             raise ValueError("Only EMA codebooks restart rows and keep counts; this one has no duplicates to retire.")
-        distances = torch.cdist(self.codebook, self.codebook, compute_mode="donot_use_mm_for_euclid_dist")
+        rows = self._weighed(self.codebook)
+        distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
         rank = counts.argsort(descending=True).argsort()
-        outranked = (distances < DUPLICATE * self.codebook.norm(dim=1).mean()) & (rank < rank[:, None])
+        outranked = (distances < DUPLICATE * rows.norm(dim=1).mean()) & (rank < rank[:, None])
         retired = outranked.any(dim=1)
         stays = torch.where(outranked, rank, len(rank)).argmin(dim=1)
         self.codebook[retired] = self.codebook[stays[retired]]
         self.usage[retired] = 0.0
         return int(retired.sum())
 
+    @torch.no_grad()
+    def weigh_channels(self, vectors: torch.Tensor) -> None:
+        """Measure what each principal axis counts, its variance over the mean of all, in vectors `[M, D]` as they are
+        given to be quantised.
+
+        Raises:
+            ValueError: a quantizer without `channel_weights`, or vectors that do not differ.
+        """
+        if not self.config.channel_weights:
+            raise ValueError("This codebook has no weights of channels; set channel_weights: true.")
+        latents = self._normalized(self.to_rows(vectors.float()))
+        variances, axes = torch.linalg.eigh(torch.cov(latents.double().T))  # columns of `axes`
+        if not variances[-1] > 0:
+            raise ValueError(f"{len(latents)} vectors do not differ and have no principal axes; give other pictures.")
+        self.channel_map.copy_(axes * (variances.clamp_min(0) / variances.mean()).sqrt())
+
+    def _weighed(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors or rows `[M, D]` whose plain distances are the weighed ones."""
+        return vectors @ self.channel_map if self.config.channel_weights else vectors
+
     def _search(self, vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Ids `[M]` of vectors `[M, D]`; rows that were never used, or retired, are no choice."""
         search = best_rows if self.config.metric == "dot" else nearest_rows
+        vectors, rows = self._weighed(vectors), self._weighed(rows)
         if self.config.ema_decay is None or self.training or bool((self.usage > 0).all()):
             return search(vectors, rows)
         alive = (self.usage > 0).nonzero().squeeze(1)
@@ -194,6 +226,7 @@ class VQ(Quantizer):
 
     def _scores(self, vectors: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """How well each row fits, `[M, S]`: the dot product, or minus the squared distance."""
+        vectors, rows = self._weighed(vectors), self._weighed(rows)
         products = vectors @ rows.T
         if self.config.metric == "dot":
             return products
