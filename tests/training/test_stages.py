@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import needs_font
 
-from unimm import UniMMForConditionalGeneration
+from unimm import UniMMForConditionalGeneration, UniMMProcessor
 from unimm.codec import VisualCodecModel, load_preset
 from unimm.config import from_dict, read_yaml
 from unimm.data.pictures import to_pictures, to_pixel_values
@@ -23,6 +23,7 @@ from unimm.training.loop import check_finite
 from unimm.training.pool import held_out_pictures
 from unimm.training.recipe import STAGES, train
 from unimm.training.run_directory import RunConfig, RunDirectory
+from unimm.unified.glyphs import glyph_rows, texts_of_tokens
 
 RECIPES = ["codec", "detokenizer", "pretrain", "sft", "sft_lora", "dpo", "grpo"]
 SHAPES = {"shapes": 1.0}
@@ -124,6 +125,19 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(trained_codec, tmp
     records = [record for record in train(recipe).metrics() if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     assert records[0]["loss"] != 9.0
+
+
+def test_an_embedding_of_glyphs_ends_as_it_began(trained_codec, tmp_path):
+    recipe = read_yaml(language_recipe(tmp_path, trained_codec, "glyphs"))
+    recipe["model"]["glyphs"] = True
+    directory = train(write_recipe(tmp_path / "glyphs.yaml", **recipe))
+    model = UniMMForConditionalGeneration.from_pretrained(directory.model)
+    tokenizer = UniMMProcessor.from_pretrained(directory.model).tokenizer
+    offset, rows = model.config.image_token_offset, model.get_input_embeddings().weight
+    wanted = glyph_rows(texts_of_tokens(tokenizer, offset), rows.shape[1], float(rows[:offset].norm(dim=1).mean()))
+    torch.testing.assert_close(rows[:offset], wanted)
+    assert model.config.frozen_embedding
+    assert not rows.requires_grad
 
 
 def test_a_finished_run_is_left_alone(trained_codec, capsys):

@@ -18,7 +18,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from unimm.unified import UniMMForConditionalGeneration, four_bits
+from unimm.unified import UniMMConfig, UniMMForConditionalGeneration, four_bits
 from unimm.unified.compression import NOT_QUANTIZED
 
 FROZEN = ("float32", "bfloat16", "int8", "nf4")
@@ -66,7 +66,17 @@ class AdapterConfig:
 
 
 def load_model(path: str, adapter: AdapterConfig | None) -> UniMMForConditionalGeneration:
-    """A saved model to train: in float32, or as an adapter holds it."""
+    """A saved model to train: in float32, or as an adapter holds it.
+
+    Raises:
+        ValueError: its codec learns too, which takes pictures, where recipes have their codes.
+    """
+    config = UniMMConfig.from_pretrained(path)
+    if config.codec_loss_weight:
+        raise ValueError(
+            f"{path} has a codec that learns from pictures, by codec_loss_weight {config.codec_loss_weight:g}, and "
+            "rows hold codes; set that to 0 in its config.json, or give forward pixel_values and labels yourself."
+        )
     if adapter is None or not adapter.quantized:
         dtype = torch.float32 if adapter is None else adapter.dtype
         return UniMMForConditionalGeneration.from_pretrained(path, dtype=dtype)

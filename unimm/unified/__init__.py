@@ -4,16 +4,11 @@ In: `input_ids`, or pixels behind placeholders. Out: logits, losses, generated i
 datasets.
 """
 
+from unimm.unified.composition import config_for, processor_for
 from unimm.unified.compression import compress, four_bits
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.losses import FactoredLoss, factored_cross_entropy
-from unimm.unified.modeling import (
-    UniMMForConditionalGeneration,
-    UniMMModel,
-    UniMMOutput,
-    config_for,
-    processor_for,
-)
+from unimm.unified.modeling import UniMMForConditionalGeneration, UniMMModel, UniMMOutput
 from unimm.unified.registration import register_auto_classes
 
 register_auto_classes()

@@ -34,6 +34,10 @@ class UniMMConfig(PreTrainedConfig):
             in LaVIT (2309.04669); see `FeatureReader`.
         levels: sizes of the levels that pictures are drawn by, all codes of a level in one pass; see `Levels` and
             `unimm.unified.levels`. None draws one code after the other.
+        reads_vectors: whether pictures in a prompt are read as the vectors of their codes, mapped to the text model's
+            width, rather than as rows of its embedding; see `VectorReader`.
+        codec_loss_weight: of the codec's own loss, beside that of the text, where pictures are read as vectors; above 0
+            the codec learns from both (ETT, 2505.10562), and else it is frozen.
         frozen_embedding: whether the rows of the embedding stay as they are while the rest learns.
         image_loss_weight: weight of a code against a text token in the loss.
         z_loss_weight: weight of the squared log of the softmax's divisor in the loss.
@@ -67,6 +71,8 @@ class UniMMConfig(PreTrainedConfig):
     vision_norm: bool = False
     reads_features: bool = False
     levels: list[int] | None = None
+    reads_vectors: bool = False
+    codec_loss_weight: float = 0.0
     frozen_embedding: bool = False
     image_loss_weight: float = 1.0
     z_loss_weight: float = 0.0
@@ -87,13 +93,14 @@ class UniMMConfig(PreTrainedConfig):
         self._check_vocabulary()
         _ = self.drawing_levels
         self._check_vision_layers()
-        if self.levels is not None and (self.has_vision_path or self.reads_features):
+        if self.levels is not None and (self.has_vision_path or self.reads_features or self.reads_vectors):
             raise ValueError(
-                f"levels are {self.levels} beside vision layers, a vision norm or reads_features, which placeholders "
-                "take no part in; leave out either."
+                f"levels are {self.levels} beside vision layers, a vision norm, reads_features or reads_vectors, which "
+                "placeholders take no part in; leave out either."
             )
         if self.reads_features and self.codec_config is None:
             raise ValueError("reads_features is True and there is no codec_config; features are read by a codec.")
+        self._check_vectors()
         super().__post_init__(**kwargs)
 
     def _check_vocabulary(self) -> None:
@@ -108,6 +115,25 @@ class UniMMConfig(PreTrainedConfig):
             raise ValueError(
                 f"text_config.vocab_size is {self.text_config.vocab_size}; {self.image_token_offset} text rows and "
                 f"codebooks of {self.codebook_sizes} need {rows} (a multiple of 128)."
+            )
+
+    def _check_vectors(self) -> None:
+        """Check that there are vectors to read, one for each code, and that a codec that learns draws pixels."""
+        if self.codec_loss_weight < 0 or (self.codec_loss_weight and not self.reads_vectors):
+            raise ValueError(
+                f"codec_loss_weight is {self.codec_loss_weight:g} and reads_vectors {self.reads_vectors}; a codec "
+                "learns by the vectors of its codes alone: set reads_vectors, or the weight to 0."
+            )
+        if not self.reads_vectors:
+            return
+        if self.reads_features or self.codec_config is None or len(self.codebook_sizes or ()) != 1:
+            raise ValueError(
+                "reads_vectors is True; it needs a codec_config of one codebook, and reads_features to be False."
+            )
+        if self.codec_config.length_policy.ragged or (self.codec_loss_weight and not self.codec_config.draws_pixels):
+            raise ValueError(
+                "reads_vectors takes codecs whose pictures of one size have equally many codes, and codec_loss_weight "
+                "above 0 those that draw pixels; take another codec."
             )
 
     def _check_vision_layers(self) -> None:

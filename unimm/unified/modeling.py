@@ -13,16 +13,17 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from unimm.codec import VisualCodecImageProcessor, VisualCodecModel
+from unimm.codec import VisualCodecModel
 from unimm.codes import VisualCodes
 from unimm.generation import UniMMGenerationMixin
-from unimm.sequence import IGNORED_LABEL, ImageSpan, UniMMProcessor, shape_fields
+from unimm.sequence import IGNORED_LABEL, ImageSpan, UniMMProcessor
+from unimm.unified.composition import config_for, processor_for
 from unimm.unified.configuration import UniMMConfig
 from unimm.unified.decoder import CachedDecoder, is_covered
 from unimm.unified.glyphs import glyph_rows, texts_of_tokens
 from unimm.unified.levels import Asked, ask
 from unimm.unified.losses import factored_cross_entropy
-from unimm.unified.reader import FeatureReader
+from unimm.unified.reader import FeatureReader, VectorReader
 from unimm.unified.recorded import RecordedDecoder
 from unimm.unified.rows import code_rows, extend_rows
 from unimm.unified.vision_layers import ModalityNorm, add_vision_layers, later_layers, split_norm
@@ -37,6 +38,7 @@ class UniMMOutput(ModelOutput):
         logits: `[B, T, V]`, unmasked: the grammar lives in generation.
         past_key_values: the cache.
         text_loss, image_loss: means over text and over code targets, with `labels`.
+        codec_loss: the codec's own, with `labels` and pictures, where it learns.
     """
 
     loss: torch.Tensor | None = None
@@ -46,6 +48,7 @@ class UniMMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     text_loss: torch.Tensor | None = None
     image_loss: torch.Tensor | None = None
+    codec_loss: torch.Tensor | None = None
 
 
 class UniMMPreTrainedModel(PreTrainedModel):
@@ -84,20 +87,23 @@ class UniMMModel(UniMMPreTrainedModel):
         self.visual = VisualCodecModel(config.codec_config) if config.codec_config is not None else None
         if self.visual is not None:
             self.visual.requires_grad_(False)
-        self.reader: FeatureReader | None = None
+        self.reader: FeatureReader | VectorReader | None = None
         if config.reads_features:
             self.reader = FeatureReader(self.codec, config.text_config.hidden_size)
+        elif config.reads_vectors:
+            self.reader = VectorReader(self.codec.dim, config.text_config.hidden_size)
         self.post_init()
 
     def train(self, mode: bool = True) -> UniMMModel:
-        """The codec is frozen and stays in eval mode, and so may be the embedding; loading has made all weights
-        trainable.
+        """The codec is frozen and stays in eval mode, unless it learns from what is said of its pictures, and the
+        embedding may be frozen; loading has made all weights trainable.
         """
         super().train(mode)
         if self.config.frozen_embedding:
             self.get_input_embeddings().requires_grad_(False)
         if self.visual is not None:
-            self.visual.eval().requires_grad_(False)
+            learns = self.config.codec_loss_weight > 0
+            self.visual.train(mode and learns).requires_grad_(learns)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -144,20 +150,33 @@ class UniMMModel(UniMMPreTrainedModel):
     def read_pictures(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings `[B, T, D]` with features of the pictures at their placeholders, and the mask `[B, T]` without the
-        cells that the codec drops, so that a picture is as long as its content.
+        """Embeddings `[B, T, D]` with what the reader makes of the pictures at their placeholders, and the mask
+        `[B, T]` without the cells that the codec drops, so that a picture is as long as its content.
 
         Raises:
             ValueError: a model that reads codes, or another number of placeholders than cells.
         """
         if self.reader is None:
             raise ValueError("This model reads pictures as codes; place_pictures puts them into input_ids.")
+        if isinstance(self.reader, VectorReader):
+            codes = self.codec.encode(pixel_values)
+            return self.place_features(input_ids, attention_mask, self.reader(self.codec.lookup(codes)), codes.mask)
         cells, keep = self.codec.kept_cells(pixel_values)
-        features, places = self.reader(cells, keep), input_ids == self.config.image_token_id
+        return self.place_features(input_ids, attention_mask, self.reader(cells, keep), keep)
+
+    def place_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        features: torch.Tensor,
+        keep: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `read_pictures`, of features `[pictures, N, D]` of which `keep` `[pictures, N]` counts."""
+        places = input_ids == self.config.image_token_id
         if int(places.sum()) != keep.numel():
             raise ValueError(
                 f"The prompt has {int(places.sum())} picture placeholders for {keep.numel()} cells of "
-                f"{len(pixel_values)} pictures; give one image part per picture."
+                f"{len(features)} pictures; give one image part per picture."
             )
         embeds = self.get_input_embeddings()(input_ids)
         embeds = embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
@@ -276,16 +295,23 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
 
         Args:
             input_ids: int64 `[B, T]`; placeholders stand for the codes of `pixel_values`.
-            pixel_values: float `[pictures, 3, H, W]` in [-1, 1], in reading order.
+            pixel_values: float `[pictures, 3, H, W]` in [-1, 1], in reading order. In training with labels a codec of
+                `codec_loss_weight` above 0 learns from what is said of them, and from copying them.
             image_positions: bool `[B, T]`, where pictures are in `inputs_embeds`, for a model with vision-only layers.
             labels: int64 `[B, T]`, not shifted; -100 is ignored, and placeholders take the codes of the pictures.
             logits_to_keep: logits of the last positions only; 0 keeps all.
             rows_to_keep: int64 `[R]`, logits of these ids only, `[B, T, R]`; None keeps the whole vocabulary.
             num_items_in_batch: targets of the whole batch, where this call sees a part of it.
         """
+        codec_loss = None
         if self.model.reader is not None:
             if labels is not None:  # what is read as features is no target
                 labels = labels.masked_fill(labels == self.config.image_token_id, IGNORED_LABEL)
+            if labels is not None and self.config.codec_loss_weight and pixel_values is not None and self.training:
+                assert input_ids is not None
+                read = self._learn_to_read(input_ids, attention_mask, pixel_values)
+                inputs_embeds, attention_mask, codec_loss = read
+                input_ids, pixel_values = None, None
         elif pixel_values is not None and input_ids is not None:
             placed = self.model.place_pictures(input_ids, pixel_values)
             if labels is not None:
@@ -327,6 +353,8 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             num_targets=num_items_in_batch,
         )
         result.loss, result.text_loss, result.image_loss = factored.loss, factored.text_loss, factored.image_loss
+        if codec_loss is not None:
+            result.loss, result.codec_loss = factored.loss + self.config.codec_loss_weight * codec_loss, codec_loss
         return result
 
     def _ask(
@@ -346,6 +374,22 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
                 "levels is learned from input_ids under sdpa, since it says itself who sees whom."
             )
         return ask(input_ids, labels, attention_mask, position_ids, self.config.grammar, levels)
+
+    def _learn_to_read(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embeddings and mask as of `read_pictures`, with a gradient for the codec, and the codec's own loss: the mean
+        squared error of its copy, and that of its quantizer.
+        """
+        assert isinstance(self.model.reader, VectorReader)
+        trip = self.codec(pixel_values)
+        features = self.model.reader(trip.vectors)
+        keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        embeds, mask = self.model.place_features(input_ids, attention_mask, features, keep)
+        copied = trip.velocity_loss
+        if copied is None:
+            copied = nn.functional.mse_loss(self.codec.pixels_of(trip.reconstruction).float(), pixel_values.float())
+        return embeds, mask, copied + trip.quantizer_loss
 
     def _head_rows(self) -> torch.Tensor:
         """The head `[V, D]`, gathered where FSDP spreads it: its hooks wait for calls of the head."""
@@ -423,6 +467,8 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         *,
         vision_layers_before: int = 0,
         vision_layers_after: int = 0,
+        reads_vectors: bool = False,
+        codec_loss_weight: float = 0.0,
     ) -> tuple[UniMMForConditionalGeneration, UniMMProcessor]:
         """A new model over a causal language model and a codec, and the processor that goes with it.
 
@@ -435,6 +481,7 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             tokenizer: of the language model.
             vision_layers_before, vision_layers_after: new layers around those of the language model that change
                 pictures only, with a final norm for pictures (X-Omni, 2507.22058); text logits stay what they were.
+            reads_vectors, codec_loss_weight: see `UniMMConfig`.
         """
         backbone = AutoModelForCausalLM.from_pretrained(llm) if isinstance(llm, str) else llm
         embedding = backbone.get_input_embeddings().weight.data
@@ -445,6 +492,8 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             processor,
             vision_layers_before=vision_layers_before,
             vision_layers_after=vision_layers_after,
+            reads_vectors=reads_vectors,
+            codec_loss_weight=codec_loss_weight,
         )
         model = cls(config).to(backbone.dtype)
         model.model.visual = codec.float().eval().requires_grad_(False)
@@ -461,53 +510,3 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         model.lm_head.weight.data.copy_(extend_rows(head, config.vocabulary.size))
         model.begin_code_rows()
         return model.eval(), processor
-
-
-def processor_for(
-    tokenizer: PreTrainedTokenizerBase, codec: VisualCodecModel, *, text_rows: int | None = None
-) -> UniMMProcessor:
-    """The processor of a text vocabulary and a codec."""
-    policy = codec.config.length_policy
-    return UniMMProcessor.from_tokenizer(
-        tokenizer,
-        VisualCodecImageProcessor.for_codec(codec.config),
-        grids=policy.grids(),
-        codebook_sizes=codec.spec_without_fingerprint.sizes,
-        downsample=codec.config.downsample,
-        text_rows=text_rows,
-        lengths=None if policy.layout == "grid" else (policy.min_length, policy.max_length),
-    )
-
-
-def config_for(
-    text_config: Any,
-    codec: VisualCodecModel,
-    processor: UniMMProcessor,
-    *,
-    vision_layers_before: int = 0,
-    vision_layers_after: int = 0,
-) -> UniMMConfig:
-    """The configuration of a text model's architecture with a codec's rows, and layers for pictures, added."""
-    vocabulary = processor.vocabulary
-    text = text_config.to_dict() | {"vocab_size": vocabulary.size, "tie_word_embeddings": False}
-    added = vision_layers_before + vision_layers_after
-    if added:
-        text["num_hidden_layers"] = text_config.num_hidden_layers + added
-        if types := text.get("layer_types"):
-            text["layer_types"] = types[:1] * vision_layers_before + types + types[-1:] * vision_layers_after
-    return UniMMConfig(
-        text_config=text,
-        codec_config=codec.config.to_dict(),
-        image_token_offset=vocabulary.image_token_offset,
-        codebook_sizes=list(vocabulary.codebook_sizes),
-        boi_token_id=vocabulary.boi_token_id,
-        eoi_token_id=vocabulary.eoi_token_id,
-        image_token_id=vocabulary.image_token_id,
-        pad_token_id=vocabulary.pad_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        span_shapes=[shape_fields(shape) for shape in processor.shapes],
-        null_prompt_ids=processor.null_prompt_ids(),
-        vision_layers_before=vision_layers_before,
-        vision_layers_after=vision_layers_after,
-        vision_norm=bool(added),
-    )

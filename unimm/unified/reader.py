@@ -1,8 +1,9 @@
-"""Pictures read as features rather than as codes: discrete out, continuous in (LaVIT, 2309.04669)."""
+"""Pictures read as features (LaVIT, 2309.04669) or as the vectors of their codes (ETT, 2505.10562), not as ids."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from unimm.codec import Merger, VisualCodecModel, socket_config
@@ -34,3 +35,22 @@ class FeatureReader(nn.Module):
         """Cells `[B, N, C]` of which `keep` `[B, N]` counts, to `[B, N, width]`; dropped ones stand for nothing."""
         dtype = self.project.weight.dtype
         return self.project(self.merger(cells.to(dtype), keep.to(dtype)))
+
+
+class VectorReader(nn.Module):
+    """The vectors of codes, mapped to the language model's width, so that what is said of a picture can teach its codec
+    (ETT, 2505.10562): rows of an embedding have no gradient for what chose them.
+
+    Args:
+        dim: width of the vectors.
+        width: of the language model.
+    """
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors `[B, N, dim]` to `[B, N, width]`."""
+        return self.down(F.gelu(self.up(vectors.to(self.up.weight.dtype))))
