@@ -48,6 +48,14 @@ from unimm.codec.halting import (
 from unimm.codec.joint import JointDecoder, JointDecoderConfig, JointEncoder, JointEncoderConfig
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.merging import LevelViTConfig, LevelViTDecoder, MergingResampler, MergingResamplerConfig
+from unimm.codec.message import (
+    CropsConfig,
+    CropsEncoder,
+    MessageFlow,
+    MessageFlowConfig,
+    MessageResampler,
+    MessageResamplerConfig,
+)
 from unimm.codec.pair import PairEncoder, PairEncoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
@@ -90,6 +98,7 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "tower": (TowerEncoderConfig, TowerEncoder),
     "taps": (TapEncoderConfig, TapEncoder),
     "closing_vit": (ClosingViTConfig, ClosingViT),
+    "crops": (CropsConfig, CropsEncoder),
     "streams": (StreamsEncoderConfig, StreamsEncoder),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
@@ -104,6 +113,7 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "select": (SelectResamplerConfig, SelectResampler),
     "scale_causal": (ScaleCausalConfig, ScaleCausalResampler),
     "halting": (HaltingResamplerConfig, HaltingResampler),
+    "message": (MessageResamplerConfig, MessageResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
@@ -125,6 +135,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "kept_vit": (KeptViTConfig, KeptViTDecoder),
     "flow": (FlowDecoderConfig, FlowDecoder),
+    "message_flow": (MessageFlowConfig, MessageFlow),
     "cell_flow": (CellFlowConfig, CellFlowDecoder),
     "streams": (StreamsDecoderConfig, StreamsDecoder),
     "none": (NoDecoderConfig, NoDecoder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from unimm.config import did_you_mean
 from unimm.conversion.maps import (
     atoken,
+    comit,
     dualtoken,
     dualvitok,
     evotok,
@@ -65,6 +66,7 @@ UPSTREAMS: dict[str, Upstream] = {
         tokenflow.TOKENIZER,
         uniflow.TOKENIZER,
         karl.TOKENIZER,
+        comit.TOKENIZER,
         unitok.UNITOK,
         unitok.MEDITOK,
         seed_llama.SEED_LLAMA_8B,
