@@ -1,5 +1,7 @@
 """A message that is rewritten crop by crop, and the picture that the same network draws from it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -36,11 +38,12 @@ def changed(**options):
 
 
 def lively(codec):
-    """Its updates begin at zero; that its weights are large makes its codes depend on all that it reads."""
+    """Its updates begin at zero, and what it reads would change nothing."""
     generator = torch.Generator().manual_seed(0)
     for name, weight in codec.named_parameters():
         if not name.startswith("vae."):
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.5
+            scale = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.3
+            weight.data = torch.randn(weight.shape, generator=generator) * scale
     return codec
 
 
@@ -67,13 +70,19 @@ def test_crops_cover_the_picture_and_say_where_they_lie():
     assert crops.offsets(1, 2).tolist() == [[0, 0]]
 
 
+@torch.no_grad()
 def test_every_crop_rewrites_the_message_and_the_last_one_counts(codec):
-    codes = codec.encode(latents())
+    codes, crops, offsets = codec.encode(latents()), codec.encoder(latents(), 2), codec.encoder.offsets(8, 8)
+    sockets = (codec.encoder, codec.resampler, codec.quantizer, codec.decoder)
+    written = [write_message(crops[:, :read], offsets, *sockets) for read in (1, 2, 8, 9)]
+    for one, other in pairwise(written):
+        assert not one.quantized.ids.equal(other.quantized.ids)
+    assert codes.ids.equal(written[-1].quantized.ids)
+    assert codes.side_info["offset"].equal(written[-1].offset)
     assert codes.side_info["offset"].tolist() == [[0.5, 0.5]] * 3
-    for row, column in ((0, 0), (4, 8), (12, 12)):  # one that is read first, in the middle, and last
-        other = latents()
-        other[..., row : row + 4, column : column + 4] += 3
-        assert not codec.encode(other).ids.equal(codes.ids)
+    other = latents()
+    other[..., 12:, 12:] = 0
+    assert not codec.encode(other).ids.equal(codes.ids)
 
 
 @torch.no_grad()
@@ -88,9 +97,7 @@ def test_a_message_is_written_by_the_crop_its_place_and_the_message_before(codec
     ):
         assert not changed.isclose(written, atol=1e-3).all()
     # What a message says before anything is read is the code in the middle.
-    first = write_message(
-        crop[:, None], offset[:1], codec.encoder, codec.resampler, codec.quantizer, network
-    ).quantized
+    first = write_message(crop[:, None], offset[:1], codec.encoder, codec.resampler, codec.quantizer, network).quantized
     assert first.ids.equal(codec.quantizer(written).ids)
     middle = codec.quantizer.lookup(torch.tensor([[[4 + 8 * 4 + 64 * 2]]]))
     assert middle.equal(codec.resampler.sample(crop)[:1, :1])
@@ -103,7 +110,7 @@ def test_what_is_written_is_causal_and_invisible_where_the_mask_hides(hides):
     network, message, offset = codec.decoder, torch.zeros(3, TOKENS, 3), torch.zeros(3, 2)
     time = torch.full((3,), 0.3)
     before = network.passed(latents(), time, message, offset)
-    network.blank_positions[3:] += 2  # of the slots from the fourth on
+    network.blank_positions[3:] = torch.randn(TOKENS - 3, 16)  # of the slots from the fourth on
     after = network.passed(latents(), time, message, offset)
     same = [
         after.written[:, :3].allclose(before.written[:, :3], atol=1e-5),
@@ -228,17 +235,17 @@ def test_a_gradient_reaches_every_crop_by_way_of_the_messages(codec):
 
 def test_a_small_codec_learns_to_draw_what_its_message_says():
     torch.manual_seed(0)
-    codec = VisualCodecModel(VisualCodecConfig(image_size=16, **SOCKETS)).train()
-    optimizer = torch.optim.Adam([weight for weight in codec.parameters() if weight.requires_grad], lr=3e-3)
-    picture = torch.randn(1, 4, 1, 1, generator=torch.Generator().manual_seed(1)).expand(8, -1, 16, 16)
+    codec = VisualCodecModel(VisualCodecConfig(image_size=16, **changed(encoder={"stride": 4}))).train()
+    optimizer = torch.optim.Adam([weight for weight in codec.parameters() if weight.requires_grad], lr=1e-2)
+    picture = torch.randn(1, 4, 1, 1, generator=torch.Generator().manual_seed(1)).expand(4, -1, 16, 16)
     losses = []
-    for _ in range(30):
+    for _ in range(12):
         output = codec(picture)
         optimizer.zero_grad()
         output.velocity_loss.backward()
         optimizer.step()
         losses.append(output.velocity_loss.item())
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert all(weight.grad is None for weight in codec.decoder.to_place.parameters())
 
 

@@ -51,7 +51,7 @@ def predictor_shapes(args):
         "pos_embed": (1, (args["max_input_size"] // patch) ** 2, width),
         "r_pos_embed": (1, tokens, width),
         "r_to_pos_embed": (1, tokens, width),
-        **{name: (1, 1, width) for name in ("c_pos_embed", "r_to_token", "y_pos_offset")},
+        **dict.fromkeys(("c_pos_embed", "r_to_token", "y_pos_offset"), (1, 1, width)),
     }
     layers = {
         **{f"{name}_embedder.0": (into, width) for name, into in (("r", dim), ("c", 2))},

@@ -151,9 +151,7 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps is {steps}; a picture takes at least 1, and 25 is usual.")
 
 
-def noise_of(
-    vectors: torch.Tensor, size: tuple[int, int, int], generator: torch.Generator | None
-) -> torch.Tensor:
+def noise_of(vectors: torch.Tensor, size: tuple[int, int, int], generator: torch.Generator | None) -> torch.Tensor:
     """What a batch is drawn from, `[B, *size]`; without a generator the same always."""
     if generator is None:  # one noise for all, so that a picture does not depend on those beside it
         fixed = torch.randn(1, *size, generator=torch.Generator().manual_seed(SEED))

@@ -2,8 +2,8 @@
 
 `CropsEncoder` cuts a picture, or its latents, into crops that overlap. `MessageFlow` holds the one network: of a crop,
 where it lies and the message so far it writes the next message, and of a noisy picture and a message it tells the
-velocity of a rectified flow. `MessageResampler` says how a message begins. The codes are those of the last message; what
-drawing needs beside them is where the last crop lay.
+velocity of a rectified flow. `MessageResampler` says how a message begins. The codes are those of the last message;
+what drawing needs beside them is where the last crop lay.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CropsConfig(EncoderOptions):
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.crop:
             raise ValueError(
-                f"stride is {self.stride} and crop {self.crop}; crops cover the picture where the first is 1 to the second."
+                f"stride is {self.stride} and crop {self.crop}; crops cover the picture at strides of 1 to {self.crop}."
             )
 
     @property
@@ -234,9 +234,7 @@ class MessageFlow(nn.Module):
         """Velocity, noise minus picture, of `noisy` `[B, C, H, W]` with a share `time` `[B]` of noise."""
         return self.passed(noisy, time, message, offset).velocity
 
-    def passed(
-        self, noisy: torch.Tensor, time: torch.Tensor, message: torch.Tensor, offset: torch.Tensor
-    ) -> Passed:
+    def passed(self, noisy: torch.Tensor, time: torch.Tensor, message: torch.Tensor, offset: torch.Tensor) -> Passed:
         """All that the network says; of inputs as those of `velocity`."""
         cells = self.patches(noisy)
         rows, columns = cells.shape[2:]
