@@ -65,6 +65,7 @@ TINY = {
         "joint": {"kind": "joint", **JOINT},
         "frame": {"kind": "frame", **FRAME},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
+        "given": {"kind": "given"},
         "crops": {"kind": "crops", "patch": 16, "crop": 1, "stride": 1},
         "patches_and_codes": {
             "kind": "patches_and_codes",
@@ -318,6 +319,7 @@ TINY = {
         "sequence": {"kind": "sequence", **SEQUENCE, "prefixes": True},
         "filled": {"kind": "sequence", **SEQUENCE, "prefixes": True, "filled": True},
         "closed": {"kind": "sequence", **SEQUENCE, "tokens": 5},
+        "any_size": {"kind": "any_sequence", "tokens": 4, "max_side": 32},
         "whole": {"kind": "sequence", **SEQUENCE},
         "any_sequence": {"kind": "any_sequence", "tokens": 4, "step": 2, "max_side": 4},
         "kept": {"kind": "kept", "rows": 2, "columns": 2},
@@ -350,6 +352,7 @@ COMPANIONS |= dict.fromkeys(ROTARY.values(), ROTARY)
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 COMPANIONS |= dict.fromkeys(HALTING.values(), HALTING)
+COMPANIONS |= {"given": QUERIES | {"length": "any_size"}}
 COMPANIONS |= dict.fromkeys(ONE_NETWORK.values(), ONE_NETWORK)
 COMPANIONS |= {"streams": STREAMS, "scale_causal": {"resampler": "scale_causal", "length": "levels"}}
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]

@@ -18,6 +18,8 @@ from unimm.codec.encoders import (
     ConvEncoderConfig,
     FormAndPaletteConfig,
     FormAndPaletteEncoder,
+    GivenConfig,
+    GivenEncoder,
     LocalEncoder,
     LocalEncoderConfig,
     PatchEncoder,
@@ -98,6 +100,7 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "tower": (TowerEncoderConfig, TowerEncoder),
     "taps": (TapEncoderConfig, TapEncoder),
     "closing_vit": (ClosingViTConfig, ClosingViT),
+    "given": (GivenConfig, GivenEncoder),
     "crops": (CropsConfig, CropsEncoder),
     "streams": (StreamsEncoderConfig, StreamsEncoder),
 }
