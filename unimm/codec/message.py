@@ -197,6 +197,8 @@ def reader_writer_mask(read: int, written: int, device: torch.device) -> torch.T
 class MessageFlow(nn.Module):
     """A transformer over a place, the patches of a picture, the message so far and the one to be written."""
 
+    positions: torch.Tensor
+
     def __init__(self, config: MessageFlowConfig) -> None:
         super().__init__()
         self.config = config

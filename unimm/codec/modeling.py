@@ -396,11 +396,11 @@ class VisualCodecModel(PreTrainedModel):
             return CodecOutput(step.drawn, step.quantized.ids, step.quantized.loss, halting_loss=step.loss)
         if isinstance(self.decoder, MessageFlow):
             written = self._written(pixel_values)
-            message = written.quantized
-            wanted = self._wanted(pixel_values, self._read(pixel_values))
-            drawn = self.decoder.denoise(message.vectors, written.offset, wanted)
+            ids, message = written.quantized.ids, written.quantized.vectors
+            picture = self._wanted(pixel_values, self._read(pixel_values)).to(message.dtype)
+            denoised = self.decoder.denoise(message, written.offset, picture)
             return CodecOutput(
-                drawn.picture, message.ids, message.loss, velocity_loss=drawn.loss, vectors=message.vectors
+                denoised.picture, ids, written.quantized.loss, velocity_loss=denoised.loss, vectors=message
             )
         read = self._read(pixel_values)
         cells = self.encoder(read)
