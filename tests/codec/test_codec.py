@@ -65,6 +65,8 @@ TINY = {
         "joint": {"kind": "joint", **JOINT},
         "frame": {"kind": "frame", **FRAME},
         "patches": {"kind": "patches", "patch": 16, "width": 16},
+        "given": {"kind": "given"},
+        "crops": {"kind": "crops", "patch": 16, "crop": 1, "stride": 1},
         "patches_and_codes": {
             "kind": "patches_and_codes",
             "patch_width": 12,
@@ -246,6 +248,17 @@ TINY = {
             "feature_width": 12,
         },
         "prompt": {"kind": "prompt", "dim": 16},
+        "message_flow": {
+            "kind": "message_flow",
+            "dim": 16,
+            **SEQUENCE,
+            "patch": 16,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_width": 24,
+            "steps": 2,
+        },
         "none": {"kind": "none", "dim": 16, "drawn_by": "a flow"},
         "mask_vit": {"kind": "mask_vit", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
     },
@@ -289,6 +302,7 @@ TINY = {
         "queries": {"kind": "queries", "dim": 16, **SEQUENCE, "width": 16, "depth": 1, "num_heads": 2},
         "rotary_latents": {"kind": "rotary_latents", **TRUNK, "dim": 16, "nominal_side": 3},
         "halting": {"kind": "halting", "dim": 16, "tokens": 4, "depth": 1, "num_heads": 2, "table_side": 3},
+        "message": {"kind": "message", "dim": 16, "tokens": 4, "adaptive": True},
         "select": {"kind": "select", "dim": 16, "depth": 1, "num_heads": 2, "mlp_width": 24},
         "qformer": {
             "kind": "qformer",
@@ -306,6 +320,8 @@ TINY = {
         "sequence": {"kind": "sequence", **SEQUENCE, "prefixes": True},
         "filled": {"kind": "sequence", **SEQUENCE, "prefixes": True, "filled": True},
         "closed": {"kind": "sequence", **SEQUENCE, "tokens": 5},
+        "any_size": {"kind": "any_sequence", "tokens": 4, "max_side": 32},
+        "whole": {"kind": "sequence", **SEQUENCE},
         "any_sequence": {"kind": "any_sequence", "tokens": 4, "step": 2, "max_side": 4},
         "kept": {"kind": "kept", "rows": 2, "columns": 2},
         "halted": {"kind": "halted", **SEQUENCE, "budget": 3},
@@ -326,6 +342,7 @@ CLOSED = {"encoder": "closing_vit", "decoder": "unfolding", "length": "closed"}
 ROTARY = {"resampler": "rotary_latents", "decoder": "rotary_mask", "length": "any_sequence"}
 SELECTION = {"resampler": "select", "decoder": "cross_vit", "length": "kept"}
 HALTING = {"resampler": "halting", "decoder": "kept_vit", "length": "halted"}
+ONE_NETWORK = {"encoder": "crops", "resampler": "message", "decoder": "message_flow", "length": "whole"}
 SCALES = {"quantizer": "scales", "length": "levels"}
 STREAMS = dict.fromkeys(SOCKETS, "streams")
 COMPANIONS = dict.fromkeys(SELECTION.values(), SELECTION) | dict.fromkeys(QUERIES.values(), QUERIES)
@@ -338,6 +355,8 @@ COMPANIONS |= dict.fromkeys(ROTARY.values(), ROTARY)
 COMPANIONS |= dict.fromkeys(SCALES.values(), SCALES)
 COMPANIONS |= dict.fromkeys(LATENT.values(), LATENT)
 COMPANIONS |= dict.fromkeys(HALTING.values(), HALTING)
+COMPANIONS |= {"given": QUERIES | {"length": "any_size"}}
+COMPANIONS |= dict.fromkeys(ONE_NETWORK.values(), ONE_NETWORK)
 COMPANIONS |= {"streams": STREAMS, "scale_causal": {"resampler": "scale_causal", "length": "levels"}}
 POINTS = [(socket, kind) for socket, kinds in SOCKETS.items() for kind in kinds]
 

@@ -1,6 +1,7 @@
 """Published tokenizers at their released sizes without weights, and each system at a tiny size with random ones."""
 
 import json
+from copy import deepcopy
 from functools import reduce
 from operator import getitem
 
@@ -19,6 +20,7 @@ from unimm.conversion.upstream import UpstreamConfig
 
 TOLERANCE = 0.005  # of the stated number of weights, which is rounded to 1 or 100 millions
 POSITIONS = {  # of a picture at the released size, and their codebooks, as the papers state them
+    "comit_b": (256, (64000,)),
     "dualvitok": (4096 + 36 * 36, (32768 + 98304,)),
     "gigatok_xl_xxl": (256, (16384,)),
     "instella_t2i": (128, (2,) * 64),
@@ -41,6 +43,7 @@ VARIANTS = {
     "titok_single_stage, continuous": ("titok_single_stage", {"model.vq_model.quantize_mode": "vae"}),
     "ta_titok, continuous": ("ta_titok", {"model.vq_model.quantize_mode": "vae"}),
     "flextok with its VAE": ("flextok", {"vae": VAE}),
+    "comit with its VAE": ("comit", {"vae": VAE}),
 }
 # Our own presets of papers at a tiny size.
 SMALL_PYRAMID = {"channels": [32, 32], "blocks": 1, "code_channels": 16}
@@ -62,6 +65,22 @@ WITHOUT_PRESET = {"atoken", "dualtoken"}
 STAND_IN = {"meditok": "unitok", "fqgan": "fqgan_triple"}
 # And where nothing is built alike.
 SMALL = {
+    "comit": {
+        "args": {
+            "predictor": {
+                "max_input_size": 16,
+                "patch_size": 2,
+                "in_channels": 4,
+                "out_channels": 4,
+                "hidden_size": 16,
+                "depth": 1,
+                "num_heads": 2,
+                "num_msg_tokens": 5,
+                "msg_tokens_dim": 3,
+            },
+            "quantizer": {"levels": [4, 3, 5]},
+        },
+    },
     "dualvitok": {
         "args": {
             "semantic_encoder": {"num_blocks": 1, "embed_dim": 64},
@@ -179,7 +198,7 @@ def tiny_config(name):
         return VisualCodecConfig(**{socket: getattr(own, socket) for socket in SOCKETS} | changes)
     system, changes = VARIANTS.get(name, (name, {}))
     folder = GOLDEN / STAND_IN.get(system, system)
-    fields = SMALL[system] if system in SMALL else json.loads((folder / "config.json").read_text())
+    fields = deepcopy(SMALL[system]) if system in SMALL else json.loads((folder / "config.json").read_text())
     for path, value in changes.items():
         *parents, leaf = path.split(".")
         reduce(getitem, parents, fields["args"])[leaf] = value

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from unimm.codec.flow import FlowOptions
 from unimm.codec.length import LENGTH_POLICIES, LengthPolicy
+from unimm.codec.message import MessageFlowConfig, check_one_network
 from unimm.codec.quantizers import QUANTIZERS
 from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
 from unimm.codec.tower import around_tower
@@ -24,10 +25,12 @@ SOCKETS: dict[str, dict[str, type]] = {
     "decoder": {kind: config for kind, (config, _) in DECODERS.items()},
 }
 
-# Values of sockets that decide together how many codes a picture has; none of a set goes without the others.
+# Values of sockets that do one thing together: decide how many codes a picture has, or read and draw by one network.
+# None of a set goes without the others.
 TOGETHER: tuple[dict[str, str], ...] = (
     {"resampler": "select", "length": "kept"},
     {"resampler": "halting", "length": "halted", "decoder": "kept_vit"},
+    {"encoder": "crops", "resampler": "message", "decoder": "message_flow"},
 )
 
 
@@ -121,6 +124,9 @@ class VisualCodecConfig(PreTrainedConfig):
             if kinds != together and any(kinds[socket] == kind for socket, kind in together.items()):
                 shown = " and ".join(f"{socket}.kind is {kind!r}" for socket, kind in kinds.items())
                 raise ValueError(f"{shown}; {', '.join(map(repr, together.values()))} go together.")
+        if isinstance(decoder, MessageFlowConfig):
+            encoder, resampler = socket_config("encoder", self.encoder), socket_config("resampler", self.resampler)
+            check_one_network(encoder, resampler, self.length_policy, decoder)
         self.grid(self.image_size, self.image_size)
 
     def _check_vae(self, vae: VaeConfig) -> None:

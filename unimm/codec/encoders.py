@@ -273,6 +273,35 @@ class PatchEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
+class GivenConfig(EncoderOptions):
+    """Features of a model that is no part of the codec, of `latent_channels` channels; 0 for pixels as they are."""
+
+    latent_channels: int = 0
+
+    @property
+    def downsample(self) -> int:
+        return 1
+
+    @property
+    def latents(self) -> int:
+        return self.latent_channels
+
+    @property
+    def width(self) -> int:
+        return self.in_channels
+
+
+class GivenEncoder(nn.Module):
+    """Passes on what it is given."""
+
+    def __init__(self, config: GivenConfig) -> None:
+        super().__init__()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+@dataclass(frozen=True)
 class FormAndPaletteConfig(EncoderOptions):
     """Two branches over one grid of cells.
 

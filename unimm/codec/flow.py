@@ -106,6 +106,11 @@ class FlowOptions(DecoderOptions):
         """Of what is drawn."""
         return self.latent_channels or 3
 
+    @property
+    def noise_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what is drawn."""
+        return self.channels, self.rows * self.patch, self.columns * self.patch
+
 
 @dataclass(frozen=True)
 class FlowDecoderConfig(FlowOptions):
@@ -146,6 +151,16 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps is {steps}; a picture takes at least 1, and 25 is usual.")
 
 
+def noise_of(vectors: torch.Tensor, size: tuple[int, int, int], generator: torch.Generator | None) -> torch.Tensor:
+    """What a batch is drawn from, `[B, *size]`; without a generator the same always."""
+    if generator is None:  # one noise for all, so that a picture does not depend on those beside it
+        fixed = torch.randn(1, *size, generator=torch.Generator().manual_seed(SEED))
+        noise = fixed.expand(len(vectors), -1, -1, -1)
+    else:
+        noise = torch.randn(len(vectors), *size, generator=generator, device=generator.device)
+    return noise.to(vectors)
+
+
 def drawn(velocity: Velocity, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """What the flow makes of noise `[B, C, H, W]` in equal steps.
 
@@ -178,7 +193,7 @@ class Flow(nn.Module, ABC):
 
     def __init__(self, config: FlowOptions) -> None:
         super().__init__()
-        self.noise_size = (config.channels, config.rows * config.patch, config.columns * config.patch)
+        self.noise_size = config.noise_size
 
     @abstractmethod
     def sample(self, vectors: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -190,13 +205,7 @@ class Flow(nn.Module, ABC):
 
     def forward(self, vectors: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Without a generator the same codes always give the same picture."""
-        if generator is None:  # one noise for all, so that a picture does not depend on those beside it
-            noise = torch.randn(1, *self.noise_size, generator=torch.Generator().manual_seed(SEED)).expand(
-                len(vectors), -1, -1, -1
-            )
-        else:
-            noise = torch.randn(len(vectors), *self.noise_size, generator=generator, device=generator.device)
-        return self.sample(vectors, noise.to(vectors))
+        return self.sample(vectors, noise_of(vectors, self.noise_size, generator))
 
 
 class FlowDecoder(Flow):

@@ -23,6 +23,7 @@ from unimm.codec.flow import Flow
 from unimm.codec.halting import HaltingResampler, KeptViTDecoder, encode_unhalted, learn_to_halt, places_of
 from unimm.codec.latents import LatentResampler
 from unimm.codec.length import Arrangement
+from unimm.codec.message import CropsEncoder, MessageFlow, MessageResampler, Written, offset_of, write_message
 from unimm.codec.quantizers import QUANTIZERS, Quantized, Quantizer
 from unimm.codec.resamplers import Resampler, SequenceResampler
 from unimm.codec.selection import SelectResampler, padded
@@ -33,6 +34,7 @@ from unimm.codes import CodeSpec, VisualCodes
 from unimm.nn.blocks import TransformerBlock
 from unimm.nn.conv import LocalBlock, ResidualBlock
 from unimm.nn.gated import ModulatedGatedBlock
+from unimm.nn.modulated import ModulatedBlock
 from unimm.nn.pyramid import PyramidBlock
 
 
@@ -193,14 +195,21 @@ class VisualCodecModel(PreTrainedModel):
             if isinstance(self.resampler, HaltingResampler):
                 features = self.encoder(self._read(pixel_values))
                 return encode_unhalted(self.resampler, self.quantizer, features, arrangement.length, allowed_error)
-            cells = self.encoder(self._read(pixel_values))
-            quantized = self.quantizer(self._positions(_averaged(cells, arrangement), arrangement.pool, condition))
+            written = None
+            if isinstance(self.resampler, MessageResampler):
+                written = self._written(pixel_values)
+                quantized = written.quantized
+            else:
+                cells = self.encoder(self._read(pixel_values))
+                quantized = self.quantizer(self._positions(_averaged(cells, arrangement), arrangement.pool, condition))
         ids = quantized.ids[:, : arrangement.length]
         if self.length.layout == "grid":
             codes = VisualCodes.from_grid(ids.unflatten(1, (arrangement.rows, arrangement.columns)))
         else:
             codes = VisualCodes(ids, torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device))
         codes.side_info |= self._sizes(pixel_values)
+        if written is not None:
+            codes.side_info["offset"] = written.offset
         if not self.quantizer.sizes:
             codes.side_info["latents"] = quantized.vectors[:, : arrangement.length]
         return codes
@@ -257,7 +266,9 @@ class VisualCodecModel(PreTrainedModel):
         Args:
             codes: of `encode`, or ids of the same shape. Where they leave the size of the picture open it is
                 `side_info["size"]`, int64 `[B, 2]` of height and width, and without that `config.image_size` squared.
-                Where they are those of some latents, `side_info["places"]` says of which; without it, of the first.
+                Where they are those of some latents, `side_info["places"]` says of which; without it, of the first. Of
+                a message, `side_info["offset"]` says where the crop lay that was read last; without it, in the corner
+                where raster order ends.
             condition: float `[B, L, D]` text features, for decoders that draw under a text.
             generator: of the noise that a flow draws from; without one the same codes always give the same picture.
 
@@ -269,6 +280,9 @@ class VisualCodecModel(PreTrainedModel):
         with torch.no_grad():
             if isinstance(self.decoder, KeptViTDecoder):
                 return self.decoder(self.lookup(codes), codes.mask, places_of(codes, self.length.max_length))
+            if isinstance(self.decoder, MessageFlow):
+                offset = offset_of(codes, self._crop_offsets[-1])
+                return self.pixels_of(self.decoder(self.lookup(codes), offset, generator))
             vectors = self._filled(self.lookup(codes), codes.mask)
             if self.length.ragged:
                 return self.decoder(self.resampler.restore(vectors, grid), codes.mask)
@@ -380,6 +394,14 @@ class VisualCodecModel(PreTrainedModel):
                 tokens=arrangement.length,
             )
             return CodecOutput(step.drawn, step.quantized.ids, step.quantized.loss, halting_loss=step.loss)
+        if isinstance(self.decoder, MessageFlow):
+            written = self._written(pixel_values)
+            ids, message = written.quantized.ids, written.quantized.vectors
+            picture = self._wanted(pixel_values, self._read(pixel_values)).to(message.dtype)
+            denoised = self.decoder.denoise(message, written.offset, picture)
+            return CodecOutput(
+                denoised.picture, ids, written.quantized.loss, velocity_loss=denoised.loss, vectors=message
+            )
         read = self._read(pixel_values)
         cells = self.encoder(read)
         quantized = self.quantizer(self._positions(_averaged(cells, arrangement), arrangement.pool, reading))
@@ -458,6 +480,22 @@ class VisualCodecModel(PreTrainedModel):
         """Of the autoencoder around the codec; without one they are what was given."""
         pixel_values = pixel_values.to(self.dtype)
         return pixel_values if self.vae is None else self.vae.encode(self.to_shown(pixel_values))
+
+    def _written(self, pixel_values: torch.Tensor) -> Written:
+        """The message about each picture; under an autoencoder, each crop has latents of its own."""
+        assert isinstance(self.encoder, CropsEncoder)
+        assert isinstance(self.resampler, MessageResampler)
+        assert isinstance(self.decoder, MessageFlow)
+        crops = self.encoder(pixel_values, self.config.downsample)
+        latents = self._read(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
+        offsets = self._crop_offsets
+        return write_message(latents, offsets, self.encoder, self.resampler, self.quantizer, self.decoder)
+
+    @property
+    def _crop_offsets(self) -> torch.Tensor:
+        """Where the crops of a picture lie, `[S, 2]`."""
+        assert isinstance(self.encoder, CropsEncoder)
+        return self.encoder.offsets(*self.length.grids()[0]).to(self.device)
 
     def _quantize_kept(
         self, resampler: SelectResampler, pixel_values: torch.Tensor, generator: torch.Generator | None
@@ -539,7 +577,7 @@ class VisualCodecModel(PreTrainedModel):
         if isinstance(module, TransformerBlock):
             init.zeros_(module.attention.out.weight)
             init.zeros_(module.mlp.down.weight)
-        if isinstance(module, (ModulatedGatedBlock, ModulatedMLP)):
+        if isinstance(module, (ModulatedBlock, ModulatedGatedBlock, ModulatedMLP)):
             init.zeros_(module.modulation.weight)
 
 

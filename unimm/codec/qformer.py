@@ -32,6 +32,8 @@ class QFormerResamplerConfig:
         cross_every: the queries look at the picture in layers 0, `cross_every`, 2 `cross_every` and so on.
         causal: whether a query sees itself and earlier queries only.
         eps: of every norm.
+        project: whether maps lead from the queries to the vectors that are quantised; without them the two are the
+            same, and `dim` must be `width`.
         slot_iterations: rounds in which the queries compete for the cells, in place of plain cross-attention; 0 for
             none. Competing queries know of each other, whatever `causal` says.
     """
@@ -45,9 +47,12 @@ class QFormerResamplerConfig:
     cross_every: int = 2
     causal: bool = True
     eps: float = 1e-12
+    project: bool = True
     slot_iterations: int = 0
 
     def __post_init__(self) -> None:
+        if not self.project and self.dim != self.width:
+            raise ValueError(f"dim is {self.dim} and width {self.width}; make them equal, or set project: true.")
         if self.slot_iterations < 0:
             raise ValueError(f"slot_iterations is {self.slot_iterations}; it must be 0 (no slots) or more.")
         if self.cross_every < 1:
@@ -127,9 +132,11 @@ class QFormerResampler(SequenceResampler):
             QFormerLayer(config, features_width=None if layer % config.cross_every else encoder_width)
             for layer in range(config.depth)
         )
-        self.to_positions = nn.Sequential(
-            nn.Linear(config.width, config.width), nn.Tanh(), nn.Linear(config.width, config.dim)
-        )
+        self.to_positions: nn.Module = nn.Identity()
+        if config.project:
+            self.to_positions = nn.Sequential(
+                nn.Linear(config.width, config.width), nn.Tanh(), nn.Linear(config.width, config.dim)
+            )
 
     def sample(self, features: torch.Tensor, pool: int = 1) -> torch.Tensor:
         assert pool == 1, "queries have no grid to pool"

@@ -18,6 +18,8 @@ from unimm.codec.encoders import (
     ConvEncoderConfig,
     FormAndPaletteConfig,
     FormAndPaletteEncoder,
+    GivenConfig,
+    GivenEncoder,
     LocalEncoder,
     LocalEncoderConfig,
     PatchEncoder,
@@ -50,6 +52,14 @@ from unimm.codec.halting import (
 from unimm.codec.joint import JointDecoder, JointDecoderConfig, JointEncoder, JointEncoderConfig
 from unimm.codec.latents import LatentResampler, LatentResamplerConfig, MaskViTDecoder, MaskViTDecoderConfig
 from unimm.codec.merging import LevelViTConfig, LevelViTDecoder, MergingResampler, MergingResamplerConfig
+from unimm.codec.message import (
+    CropsConfig,
+    CropsEncoder,
+    MessageFlow,
+    MessageFlowConfig,
+    MessageResampler,
+    MessageResamplerConfig,
+)
 from unimm.codec.pair import PairEncoder, PairEncoderConfig
 from unimm.codec.pyramid import PyramidDecoder, PyramidDecoderConfig, PyramidEncoder, PyramidEncoderConfig
 from unimm.codec.qformer import QFormerResampler, QFormerResamplerConfig
@@ -92,6 +102,8 @@ ENCODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "tower": (TowerEncoderConfig, TowerEncoder),
     "taps": (TapEncoderConfig, TapEncoder),
     "closing_vit": (ClosingViTConfig, ClosingViT),
+    "given": (GivenConfig, GivenEncoder),
+    "crops": (CropsConfig, CropsEncoder),
     "streams": (StreamsEncoderConfig, StreamsEncoder),
 }
 RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
@@ -106,6 +118,7 @@ RESAMPLERS: dict[str, tuple[type, type[Resampler]]] = {
     "select": (SelectResamplerConfig, SelectResampler),
     "scale_causal": (ScaleCausalConfig, ScaleCausalResampler),
     "halting": (HaltingResamplerConfig, HaltingResampler),
+    "message": (MessageResamplerConfig, MessageResampler),
 }
 DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "conv": (ConvDecoderConfig, ConvDecoder),
@@ -127,6 +140,7 @@ DECODERS: dict[str, tuple[type, type[nn.Module]]] = {
     "cross_vit": (CrossViTConfig, CrossViTDecoder),
     "kept_vit": (KeptViTConfig, KeptViTDecoder),
     "flow": (FlowDecoderConfig, FlowDecoder),
+    "message_flow": (MessageFlowConfig, MessageFlow),
     "cell_flow": (CellFlowConfig, CellFlowDecoder),
     "streams": (StreamsDecoderConfig, StreamsDecoder),
     "prompt": (PromptDecoderConfig, PromptDecoder),

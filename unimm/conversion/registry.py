@@ -5,6 +5,7 @@ from __future__ import annotations
 from unimm.config import did_you_mean
 from unimm.conversion.maps import (
     atoken,
+    comit,
     dualtoken,
     dualvitok,
     evotok,
@@ -22,6 +23,7 @@ from unimm.conversion.maps import (
     seed,
     seed_llama,
     seed_voken,
+    slot_mllm,
     tar,
     tar_system,
     titok,
@@ -65,6 +67,8 @@ UPSTREAMS: dict[str, Upstream] = {
         tokenflow.TOKENIZER,
         uniflow.TOKENIZER,
         karl.TOKENIZER,
+        comit.TOKENIZER,
+        slot_mllm.QUERIES,
         unitok.UNITOK,
         unitok.MEDITOK,
         seed_llama.SEED_LLAMA_8B,
