@@ -75,7 +75,7 @@ def around(tower, **quantizer):
     """Two layers of a frozen tower side by side, and a codebook for each."""
     return {
         "encoder": {"kind": "tower", "tower": tower, "layers": [1, 2]},
-        "resampler": {"kind": "grid", "dim": 32, "norm": False, "project": True},
+        "resampler": {"kind": "grid", "dim": 32, "norm": False, "groups": 2},
         "quantizer": {
             "kind": "product",
             "sizes": [16, 16],

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from test_heads import SEQUENCE, pixels, recipe_of
 
 from unimm.codec import VisualCodecModel
@@ -134,10 +134,21 @@ def test_a_recipe_trains_words_that_a_pipeline_takes(painter, tmp_path):
     run = train_codec(from_dict(CodecRecipe, fields | {"logging": {"every": 1, "validate_every": 1, "save_every": 2}}))
     assert any("painting_shapes" in record for record in run.metrics())
     codec = VisualCodecModel.from_pretrained(run.model)
+    model = FrozenPainter(PaintingConfig(painter))
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae.autoencoder,
+        unet=model.denoiser,
+        scheduler=model.scheduler,
+        requires_safety_checker=False,
+        **absent,
+    )
     for length in (1, 8):
         codes = codec.encode(pixels(), num_tokens=length)
         assert codec.decode(codes).equal(codes.side_info["latents"])
         assert codec.decode(codes).shape == (2, length, 8)
+        drawn = pipeline(prompt_embeds=codec.decode(codes), num_inference_steps=2, guidance_scale=1.0, output_type="np")
+        assert drawn.images.shape == (2, 8, 8, 3)
 
 
 def test_words_that_no_model_reads_are_refused(painter, tmp_path):
