@@ -106,6 +106,9 @@ class VisualCodecModel(PreTrainedModel):
         self._check_widths(decoder.in_width, decoder.condition_size)
         self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
         self.vae = Vae(VaeConfig(config.vae)) if config.vae is not None else None
+        # transformers asks for the weights of modules that have some of their own, and so never for those of a block.
+        for layer in (layer for block in self.modules() for layer in _last_layers(block)):
+            layer.begins_at_zero = True
         self.post_init()
 
     def _check_widths(self, in_width: int, drawing: tuple[int, int] | None) -> None:
@@ -572,13 +575,19 @@ class VisualCodecModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        if isinstance(module, (LocalBlock, PyramidBlock, ResidualBlock)):
-            init.zeros_(module.conv_out.weight)
-        if isinstance(module, TransformerBlock):
-            init.zeros_(module.attention.out.weight)
-            init.zeros_(module.mlp.down.weight)
-        if isinstance(module, (ModulatedBlock, ModulatedGatedBlock, ModulatedMLP)):
-            init.zeros_(module.modulation.weight)
+        if getattr(module, "begins_at_zero", False):
+            init.zeros_(module.weight)
+
+
+def _last_layers(block: nn.Module) -> list[nn.Module]:
+    """The layers of a residual block that begin at zero, so that it passes on what it is given."""
+    if isinstance(block, (LocalBlock, PyramidBlock, ResidualBlock)):
+        return [block.conv_out]
+    if isinstance(block, TransformerBlock):
+        return [block.attention.out, block.mlp.down]
+    if isinstance(block, (ModulatedBlock, ModulatedGatedBlock, ModulatedMLP)):
+        return [block.modulation]
+    return []
 
 
 def _averaged(cells: torch.Tensor, arrangement: Arrangement) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -52,7 +51,7 @@ class UniMMOutput(ModelOutput):
 
 
 class UniMMPreTrainedModel(PreTrainedModel):
-    """Weights, flags and initialisation that the body and the whole share."""
+    """Flags that the body and the whole share."""
 
     config_class = UniMMConfig
     config: UniMMConfig
@@ -65,11 +64,6 @@ class UniMMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["visual"]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, UniMMForConditionalGeneration):
-            init.normal_(module.lm_head.weight, std=0.02)
 
 
 class UniMMModel(UniMMPreTrainedModel):
