@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import stored
+from conftest import ELSEWHERE, stored
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -158,6 +158,69 @@ def test_codes_and_output_equal_the_reference(system, converted):
 def these(*systems):
     """Those of them whose fixtures are at hand."""
     return [system for system in systems if system in FIXTURES]
+
+
+def by_cell(grid):
+    """`[B, D, rows, columns]` as `[B, N, D]`."""
+    return grid.flatten(2).mT
+
+
+def queries_of_seed(codec, features):
+    """What the queries became, before they are mapped to the vectors that are quantised."""
+    seen = []
+    hook = codec.resampler.to_positions.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    positions = codec.resampler.sample(features)
+    hook.remove()
+    return {"query_output": seen[0], "z": positions}
+
+
+# What lies between pixels and output, by the reference's name: of a codec, its encoder's features and its codes.
+BETWEEN = {
+    "unitok": lambda codec, features, codes: {
+        "encoder_tokens": by_cell(features),
+        "z": codec.resampler.sample(features),
+        "post_quant": by_cell(codec.resampler.restore(codec.lookup(codes), codes.grid[0])),
+    },
+    "xomni_tokenizer": lambda codec, features, codes: {
+        "features": by_cell(features),
+        "z": codec.resampler.sample(features).mT.unflatten(2, codes.grid[0]),
+        "lookup_raw": codec.lookup(codes).mT.unflatten(2, codes.grid[0]),
+    },
+    "seed_tokenizer": lambda codec, features, codes: {
+        "image_embeds": by_cell(features),
+        **queries_of_seed(codec, features),
+        "query_output_up": codec.decoder.embed(codec.lookup(codes)),
+    },
+    "lavit_tokenizer": lambda codec, features, codes: {
+        "vit_features": by_cell(features),
+        "keep_argmax": (keep := codec.resampler.select(features, None)).long(),
+        "z_argmax": codec.resampler.merge(features, keep)[keep.bool()],
+    },
+    "ta_tok": lambda codec, features, codes: {
+        "vq_feats": codec.resampler.before(by_cell(features)),
+        "z": codec.resampler.sample(features),
+        "z_scale_index1": codec.resampler.sample(features, 2),
+        "z_scale_index2": codec.resampler.sample(features, 3),
+        "effective_table": codec.code_vectors()[0],
+        "encoded": by_cell(codec.resampler.restore(codec.lookup(codes), codes.grid[0])),
+    },
+}
+
+
+@pytest.mark.parametrize("system", these(*BETWEEN))
+@torch.no_grad()
+def test_what_lies_between_equals_the_reference(system, converted):
+    codec, folder = AutoModel.from_pretrained(converted(system)).eval(), ELSEWHERE / system
+    expected = load_file((folder if folder.is_dir() else stored(system)) / "io.safetensors")
+    pixel_values = expected["pixel_values"]
+    found = BETWEEN[system](codec, codec.encoder(pixel_values), codec.encode(pixel_values))
+    compared = found.keys() & expected.keys()
+    if not compared:
+        pytest.skip("the fixture in this repository has codes and output alone; name whole ones by UNIMM_GOLDEN")
+    for name in compared:
+        torch.testing.assert_close(
+            found[name], expected[name], atol=TOLERANCE, rtol=0, msg=lambda said, name=name: f"{name}: {said}"
+        )
 
 
 @pytest.mark.parametrize("system", these("evotok", "tokenflow", "dualtoken"))
