@@ -107,8 +107,7 @@ class VisualCodecModel(PreTrainedModel):
         self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
         self.vae = Vae(VaeConfig(config.vae)) if config.vae is not None else None
         # transformers asks for the weights of modules that have some of their own, and so never for those of a block.
-        for layer in (layer for block in self.modules() for layer in _last_layers(block)):
-            layer.begins_at_zero = True
+        self._begin_at_zero = [layer for block in self.modules() for layer in _last_layers(block)]
         self.post_init()
 
     def _check_widths(self, in_width: int, drawing: tuple[int, int] | None) -> None:
@@ -575,7 +574,7 @@ class VisualCodecModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        if getattr(module, "begins_at_zero", False):
+        if any(module is layer for layer in self._begin_at_zero):
             init.zeros_(module.weight)
 
 
