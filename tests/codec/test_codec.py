@@ -939,7 +939,7 @@ def test_each_picture_of_a_batch_learns_at_its_own_length(filled, tmp_path):
 
 
 def test_residual_branches_begin_at_zero_and_are_kept_once_they_have_learned(tmp_path):
-    codec = build(decoder={"kind": "vit", "patch": 8, **CELLS})
+    codec = build(decoder={"kind": "vit", "patch": 16, **CELLS})
     convolutions = [block for block in codec.modules() if isinstance(block, ResidualBlock)]
     transformers = [block for block in codec.modules() if isinstance(block, TransformerBlock)]
     for block in convolutions:
