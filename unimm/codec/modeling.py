@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from unimm.codec.cell_flow import ModulatedMLP
 from unimm.codec.checks import check_condition, check_pixels
 from unimm.codec.configuration import VisualCodecConfig, described, socket_config
 from unimm.codec.decoders import DecoderOptions
@@ -31,11 +30,6 @@ from unimm.codec.sockets import DECODERS, ENCODERS, RESAMPLERS
 from unimm.codec.tower import TowerEncoder
 from unimm.codec.vae import Vae, VaeConfig
 from unimm.codes import CodeSpec, VisualCodes
-from unimm.nn.blocks import TransformerBlock
-from unimm.nn.conv import LocalBlock, ResidualBlock
-from unimm.nn.gated import ModulatedGatedBlock
-from unimm.nn.modulated import ModulatedBlock
-from unimm.nn.pyramid import PyramidBlock
 
 
 @dataclass
@@ -106,8 +100,6 @@ class VisualCodecModel(PreTrainedModel):
         self._check_widths(decoder.in_width, decoder.condition_size)
         self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
         self.vae = Vae(VaeConfig(config.vae)) if config.vae is not None else None
-        # transformers asks for the weights of modules that have some of their own, and so never for those of a block.
-        self._begin_at_zero = [layer for block in self.modules() for layer in _last_layers(block)]
         self.post_init()
 
     def _check_widths(self, in_width: int, drawing: tuple[int, int] | None) -> None:
@@ -574,19 +566,6 @@ class VisualCodecModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        if any(module is layer for layer in self._begin_at_zero):
-            init.zeros_(module.weight)
-
-
-def _last_layers(block: nn.Module) -> list[nn.Module]:
-    """The layers of a residual block that begin at zero, so that it passes on what it is given."""
-    if isinstance(block, (LocalBlock, PyramidBlock, ResidualBlock)):
-        return [block.conv_out]
-    if isinstance(block, TransformerBlock):
-        return [block.attention.out, block.mlp.down]
-    if isinstance(block, (ModulatedBlock, ModulatedGatedBlock, ModulatedMLP)):
-        return [block.modulation]
-    return []
 
 
 def _averaged(cells: torch.Tensor, arrangement: Arrangement) -> torch.Tensor:
