@@ -367,6 +367,10 @@ def build(**changes):
     return VisualCodecModel(VisualCodecConfig(image_size=32, **(first | changes))).eval()
 
 
+def frozen_weights(codec):
+    return {name for name, weight in codec.named_parameters() if not weight.requires_grad}
+
+
 def pixels(batch=3, height=32, width=32):
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -457,6 +461,7 @@ def test_every_value_encodes_decodes_reloads_and_learns(socket, kind, tmp_path):
         again = VisualCodecModel.from_pretrained(tmp_path, dtype=dtype)
         assert again.encode(images).ids.equal(codes.ids)
         assert again.fingerprint() == codec.fingerprint()
+        assert frozen_weights(again) == frozen_weights(codec)
     codec.train()
     output = codec(images)
     loss = output.reconstruction.square().mean() + output.quantizer_loss

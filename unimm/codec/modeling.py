@@ -100,7 +100,15 @@ class VisualCodecModel(PreTrainedModel):
         self._check_widths(decoder.in_width, decoder.condition_size)
         self.absent = nn.Parameter(torch.zeros(self.dim)) if self.length.filled else None
         self.vae = Vae(VaeConfig(config.vae)) if config.vae is not None else None
+        self._frozen = [name for name, weight in self.named_parameters() if not weight.requires_grad]
         self.post_init()
+
+    def train(self, mode: bool = True) -> VisualCodecModel:
+        """Weights that do not learn by the configuration stay so; loading has made them trainable."""
+        super().train(mode)
+        for name in self._frozen:
+            self.get_parameter(name).requires_grad_(False)
+        return self
 
     def _check_widths(self, in_width: int, drawing: tuple[int, int] | None) -> None:
         """Check that codes are as wide as what reads them, and that one text serves both sides."""
