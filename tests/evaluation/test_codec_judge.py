@@ -125,6 +125,9 @@ def test_a_folder_of_pictures_is_cut_to_squares_and_judged_in_batches(squares, t
     assert whole["codes used, share"].trials == 2 * half["codes used, share"].trials
     with pytest.raises(ValueError, match="no pictures nowhere; there are shapes"):
         picture_sets(("nowhere",), SIDE, 2)
+    (tmp_path / "shapes").mkdir()
+    with pytest.raises(ValueError, match="end in one name twice"):
+        picture_sets(("shapes", str(tmp_path / "shapes")), SIDE, 2)
 
 
 def test_too_few_pictures_for_a_distance_are_said_to_be_too_few(squares):

@@ -118,11 +118,13 @@ def picture_sets(names: tuple[str, ...], side: int, limit: int) -> dict[str, np.
         names: of worlds, `photographs`, or what `Source` reads: a folder, a file or a Hub name with a slash.
 
     Raises:
-        ValueError: an unknown name, or a source without readable pictures.
+        ValueError: an unknown name, two sources whose names end alike, or a source without readable pictures.
     """
     known = (*WORLDS, PHOTOGRAPHS)
     if unknown := [name for name in names if name not in known and "/" not in name and not Path(name).exists()]:
         raise ValueError(f"There are no pictures {', '.join(unknown)}; there are {', '.join(known)}, and folders.")
+    if len({Path(name).name for name in names}) < len(names):
+        raise ValueError(f"The pictures {', '.join(names)} end in one name twice, and reports go by it; rename one.")
     sets = {}
     for name in names:
         if name == PHOTOGRAPHS:
