@@ -91,9 +91,8 @@ class UniMMConfig(PreTrainedConfig):
         if self.span_shapes is None:
             self.span_shapes = [{"grid": [2, 2], "prefix": [], "min_positions": 4, "max_positions": 4}]
         self._check_vocabulary()
-        _ = self.drawing_levels
         self._check_vision_layers()
-        if self.levels is not None and (self.has_vision_path or self.reads_features or self.reads_vectors):
+        if self.drawing_levels is not None and (self.has_vision_path or self.reads_features or self.reads_vectors):
             raise ValueError(
                 f"levels are {self.levels} beside vision layers, a vision norm, reads_features or reads_vectors, which "
                 "placeholders take no part in; leave out either."
