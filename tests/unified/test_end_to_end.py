@@ -130,3 +130,13 @@ def test_a_codec_that_nothing_teaches_is_refused(begin, options, said):
 def test_vectors_of_no_codec_or_of_several_slots_are_refused():
     with pytest.raises(ValueError, match="a codec_config of one codebook"):
         UniMMConfig(reads_vectors=True)
+
+
+def test_what_a_codec_keeps_frozen_stays_so_where_it_learns(eyes, tokenizer):
+    fields = eyes.config.to_dict()
+    averaged = fields | {"quantizer": fields["quantizer"] | {"ema_decay": 0.9}}
+    codec = VisualCodecModel(VisualCodecConfig.from_dict(averaged))
+    options = {"reads_vectors": True, "codec_loss_weight": WEIGHT}
+    model = UniMMForConditionalGeneration.from_backbones(random_llm(tokenizer), codec, tokenizer, **options)[0].train()
+    assert not model.codec.quantizer.codebook.requires_grad
+    assert all(weight.requires_grad for weight in model.codec.encoder.parameters())

@@ -97,7 +97,7 @@ class UniMMModel(UniMMPreTrainedModel):
             self.get_input_embeddings().requires_grad_(False)
         if self.visual is not None:
             learns = self.config.codec_loss_weight > 0
-            self.visual.train(mode and learns).requires_grad_(learns)
+            self.visual.requires_grad_(learns).train(mode and learns)  # which knows what in it does not
         return self
 
     def get_input_embeddings(self) -> nn.Module:
