@@ -1,4 +1,4 @@
-"""Atomic files: a reader sees the old content or the new, never half of it."""
+"""Files: atomic ones, where a reader sees the old content or the new and never half of it, and names of models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_model_name(name: str) -> None:
+    """Raise `ValueError` where a model's name is no folder and cannot be a Hub name, one `owner/name`, either."""
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ValueError(f"There is no model folder {name}; name a folder that holds config.json, or a Hub model.")
 
 
 @contextmanager

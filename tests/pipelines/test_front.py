@@ -1,6 +1,7 @@
 """Load, draw, understand, chat, and the command line, on a random model."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import unimm
 from unimm.cli.chat import half_blocks
-from unimm.cli.main import main
+from unimm.cli.main import build_parser, main
+from unimm.cli.verbs import VERBS
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
 from unimm.hub import write_card, write_repository
 from unimm.pipelines import Picture, Reply, open_image
@@ -166,6 +168,11 @@ def test_cli_draws_describes_and_tokenizes(tiny_folder, tmp_path, picture_file, 
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_the_example_of_a_verb_is_that_verb(verb):
+    assert build_parser().parse_args(shlex.split(verb.example)[1:]).verb is verb
+
+
 def test_cli_errors_are_one_line(tmp_path, tiny_folder, capsys):
     model = ("--model", str(tiny_folder))
     (tmp_path / "a.png").write_text("not a picture")
@@ -177,6 +184,7 @@ def test_cli_errors_are_one_line(tmp_path, tiny_folder, capsys):
         ["draw", "a star", "--model", str(tmp_path / "nothing")],
         ["tokenize", str(tmp_path / "bad.json"), "-o", str(tmp_path / "c.png"), *model],
         ["train", str(tmp_path / "bad.json")],
+        ["push", str(tmp_path / "nothing"), "someone/model"],
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err

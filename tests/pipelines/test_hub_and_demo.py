@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from remote_code import check_loads_without_unimm
 
+from unimm.cli.main import main
 from unimm.demo import tour
 from unimm.demo.tour import PROMPTS
 from unimm.evaluation import Figure, Report
@@ -69,6 +70,12 @@ def test_a_run_is_laid_out_with_a_card_of_its_own(run, tmp_path):
     assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["optimizer"] == {"steps": 12}
     assert all((folder / name).is_file() for name in re.findall(r"\]\((\w+\.png)\)", card))
     assert Image.open(folder / "samples.png").width == 12
+
+
+def test_a_run_is_laid_out_by_a_command(run, tmp_path, capsys):
+    assert main(["push", str(run), "someone/my-model", "--folder", str(tmp_path / "out")]) == 0
+    assert "# my-model" in (tmp_path / "out" / "README.md").read_text()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
 
 
 def test_what_cannot_be_pushed_is_refused(run, tmp_path):

@@ -1,5 +1,7 @@
 """What would waste hours is refused at once, with the way out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -127,6 +129,16 @@ def test_tied_embeddings_are_refused_in_a_config_and_untied_from_a_backbone(tiny
     assert model.lm_head.weight[text].equal(model.get_input_embeddings().weight[text])
     assert model.lm_head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [("codec", "begin"), ("detokenizer", "codec"), ("pretrain", "codec"), ("sft", "init_from"), ("grpo", "init_from")],
+)
+def test_a_stage_before_the_one_it_begins_with_is_refused(tmp_path, stage, key):
+    recipe = Path(__file__).parents[2] / "recipes" / "tiny" / f"{stage}.yaml"
+    with pytest.raises(ValueError, match=f"{key}: There is no model folder .*/earlier/model;.* run first"):
+        train(recipe, [f"run.directory={tmp_path}", f"{key}={tmp_path}/earlier/model"])
 
 
 @pytest.mark.parametrize(("text", "column"), [("prompt\n", "prompt"), ("caption\na star\n", "prompt")])

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
             parents=[with_model if verb.needs_model else common],
         )
         verb.add_arguments(sub)
-        sub.set_defaults(run=verb.run)
+        sub.set_defaults(verb=verb)
     return parser
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for CPUs whenever it is installed
     try:
-        arguments.run(arguments)
+        arguments.verb.run(arguments)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

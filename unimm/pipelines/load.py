@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
+from unimm.files import check_model_name
 from unimm.nn.stored import check_format
 from unimm.pipelines.unimm import DETOKENIZER_FOLDER, UniMM
 from unimm.sequence import UniMMProcessor
@@ -44,8 +45,7 @@ def load(
         raise ValueError("The shipped model lies in the repository only; name a folder or a Hub model to load.")
     check_format(weights)
     name = str(path or SHIPPED)
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
-        raise ValueError(f"There is no model folder {name}; name a folder that holds config.json, or a Hub model.")
+    check_model_name(name)
     quantized = {"quantization_config": four_bits(), "device_map": device} if weights == "nf4" else {}
     model, report = UniMMForConditionalGeneration.from_pretrained(
         name, dtype=dtype, output_loading_info=True, **quantized

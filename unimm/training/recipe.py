@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unimm.config import from_dict, read_yaml, set_by_path
+from unimm.files import check_model_name
 from unimm.training.codec import CodecRecipe, train_codec
 from unimm.training.detokenizer import DetokenizerRecipe, train_detokenizer
 from unimm.training.dpo import DpoRecipe, train_dpo
@@ -23,19 +24,32 @@ STAGES: dict[str, tuple[type, Callable[[Any], RunDirectory]]] = {
     "grpo": (GrpoRecipe, train_grpo),
 }
 
+BEGINNINGS = ("begin", "codec", "init_from")  # keys of models that another stage has trained
+
 
 def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> RunDirectory:
     """Run a recipe to its end, or go on where it stopped; a finished run is left alone.
 
     Raises:
-        ValueError: an unknown task, key or value.
+        ValueError: an unknown task, key or value, or no such model to begin with.
     """
     recipe = read_recipe(recipe_path, overrides)
     directory = RunDirectory(recipe.run)
     if directory.finished:
         print(f"{directory.root} is finished; delete it to train again.")
         return directory
+    for key in BEGINNINGS:
+        if name := getattr(recipe, key, None):
+            check_begun(key, name)
     return STAGES[recipe.task][1](recipe)
+
+
+def check_begun(key: str, name: str) -> None:
+    """Raise `ValueError` where the model that a recipe begins with is not there."""
+    try:
+        check_model_name(name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error} A recipe that trains it has to be run first.") from None
 
 
 def read_recipe(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Any:
