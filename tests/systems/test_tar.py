@@ -36,7 +36,7 @@ OPEN, CLOSE, S0 = ROWS + CODES, ROWS + CODES + 1, ROWS + CODES + 2
 QWEN = {
     "vocab_size": ROWS + CODES + 5,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -51,7 +51,7 @@ def source(tmp_path_factory):
         "num_mm_adap_layers": 1,
         "num_mm_head_layers": 1,
         "hidden_size": 32,
-        "intermediate_size": 48,
+        "intermediate_size": 64,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -6,7 +6,7 @@ from torch import nn
 
 import unimm
 from unimm.nn.precision import has_fast_bf16
-from unimm.nn.stored import FORMATS, Int8Linear, PackedLinear, four_bit_linear
+from unimm.nn.stored import FORMATS, Int8Linear, PackedLinear, four_bit_linear, store_linears
 
 PACKED = pytest.param(
     PackedLinear,
@@ -16,12 +16,12 @@ PACKED = pytest.param(
 
 @pytest.mark.parametrize("rows", [(1,), (2,), (3, 7), (40,)])
 @pytest.mark.parametrize("kind", [Int8Linear.from_linear, PACKED])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("width", "bias"), [(64, False), (64, True), (24, False), (50, True)])
 @torch.no_grad()
-def test_a_stored_layer_is_near_its_layer(kind, rows, bias):
+def test_a_stored_layer_is_near_its_layer(kind, rows, width, bias):
     torch.manual_seed(0)
-    linear = nn.Linear(64, 48, bias=bias)
-    inputs = torch.randn(*rows, 64).bfloat16()
+    linear = nn.Linear(width, 48, bias=bias)
+    inputs = torch.randn(*rows, width).bfloat16()
     exact, near = linear(inputs.float()), kind(linear)(inputs)
     assert near.shape == exact.shape
     assert near.dtype == torch.bfloat16
@@ -59,6 +59,12 @@ def test_four_bits_are_near_their_layer():
     exact, near = linear(inputs.float()), four_bit_linear(linear)(inputs)
     assert near.shape == exact.shape
     assert 0.02 < float((near.float() - exact).norm() / exact.norm()) < 0.15
+
+
+def test_four_bits_are_for_inputs_of_whole_blocks():
+    body = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
+    store_linears(body, "nf4")
+    assert [type(layer).__name__ for layer in body] == ["Linear4bit", "Linear"]
 
 
 def test_an_unknown_format_is_refused(tiny_folder):

@@ -19,6 +19,8 @@ from unimm.nn.precision import has_fast_bf16
 FORMATS = ("bfloat16", "int8", "nf4")
 SMALL = ("int8", "nf4")
 INT8_ROWS = 24  # above, the kernel of torch for CPUs is slower than a product with restored weights
+INT8_LANES = 16  # inputs that the kernel takes at once; with AVX-512 it reads and adds what lies beyond an uneven end
+NF4_BLOCK = 64  # weights of one scale; bitsandbytes restores rows that end within one wrongly with AVX-512
 PACKED_FOR = 4  # rows that the order is chosen for; any number works
 
 
@@ -64,7 +66,7 @@ def _scaled_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tenso
     """`[R, I]` and int8 `[O, I]` to `[R, O]`."""
     if takes_few_rows(rows, weight):
         return few_rows_product(rows, weight) * scale
-    if len(rows) <= INT8_ROWS and weight.device.type == "cpu":
+    if len(rows) <= INT8_ROWS and weight.device.type == "cpu" and weight.shape[1] % INT8_LANES == 0:
         return torch._weight_int8pack_mm(rows.contiguous(), weight, scale)
     exact = rows if has_fast_bf16(rows.device) else rows.float()
     return (F.linear(exact, weight.to(exact.dtype)) * scale).to(rows.dtype)
@@ -122,7 +124,10 @@ def four_bit_linear(linear: nn.Linear) -> nn.Module:
 
 
 def store_linears(body: nn.Module, weights: str) -> None:
-    """Turn all linear layers of a part, in place, into layers of one of `FORMATS`, whose activations are bfloat16."""
+    """Turn all linear layers of a part, in place, into layers of one of `FORMATS`, whose activations are bfloat16.
+
+    Layers whose inputs are no multiple of `NF4_BLOCK` are not stored in four bits.
+    """
     device = next(body.parameters()).device
     fast = has_fast_bf16(device)
     if weights == "bfloat16" and not fast:
@@ -133,6 +138,7 @@ def store_linears(body: nn.Module, weights: str) -> None:
         if weights == "int8":
             body.set_submodule(name, Int8Linear.from_linear(module))
         elif weights == "nf4":
-            body.set_submodule(name, four_bit_linear(module))
+            if module.in_features % NF4_BLOCK == 0:
+                body.set_submodule(name, four_bit_linear(module))
         elif device.type == "cpu" and fast:
             body.set_submodule(name, PackedLinear(module))

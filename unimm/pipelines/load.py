@@ -12,7 +12,7 @@ from unimm.files import check_model_name
 from unimm.nn.stored import check_format
 from unimm.pipelines.unimm import DETOKENIZER_FOLDER, UniMM
 from unimm.sequence import UniMMProcessor
-from unimm.unified import UniMMForConditionalGeneration, compress, four_bits
+from unimm.unified import UniMMConfig, UniMMForConditionalGeneration, compress, four_bits
 
 SHIPPED = Path(__file__).resolve().parents[2] / "model_cards" / "unimm-tiny"
 
@@ -46,7 +46,9 @@ def load(
     check_format(weights)
     name = str(path or SHIPPED)
     check_model_name(name)
-    quantized = {"quantization_config": four_bits(), "device_map": device} if weights == "nf4" else {}
+    quantized = {}
+    if weights == "nf4":
+        quantized = {"quantization_config": four_bits(UniMMConfig.from_pretrained(name)), "device_map": device}
     model, report = UniMMForConditionalGeneration.from_pretrained(
         name, dtype=dtype, output_loading_info=True, **quantized
     )

@@ -81,7 +81,7 @@ def load_model(path: str, adapter: AdapterConfig | None) -> UniMMForConditionalG
         dtype = torch.float32 if adapter is None else adapter.dtype
         return UniMMForConditionalGeneration.from_pretrained(path, dtype=dtype)
     eight_bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
-    quantization = eight_bits if adapter.frozen == "int8" else four_bits()
+    quantization = eight_bits if adapter.frozen == "int8" else four_bits(config)
     return UniMMForConditionalGeneration.from_pretrained(path, dtype=adapter.dtype, quantization_config=quantization)
 
 

@@ -5,24 +5,30 @@ The codec stays as it is, so pictures keep their codes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
-from unimm.nn.stored import Int8Linear, store_linears
-
-if TYPE_CHECKING:
-    from unimm.unified.modeling import UniMMForConditionalGeneration
+from unimm.nn.stored import NF4_BLOCK, Int8Linear, store_linears
+from unimm.unified.configuration import UniMMConfig
+from unimm.unified.modeling import UniMMForConditionalGeneration
 
 NOT_QUANTIZED = ["lm_head", "model.visual", "model.reader"]
 
 
-def four_bits() -> BitsAndBytesConfig:
-    """How a model is loaded whose text layers are stored in NF4 while they are read: they never lie whole in memory."""
+def four_bits(config: UniMMConfig) -> BitsAndBytesConfig:
+    """How a model is loaded whose text layers are stored in NF4 while they are read: they never lie whole in memory.
+
+    Layers whose inputs are no multiple of `NF4_BLOCK` stay as they are.
+    """
+    with torch.device("meta"):
+        modules = dict(UniMMForConditionalGeneration(config).named_modules())
+    uneven = [
+        name for name, module in modules.items() if isinstance(module, nn.Linear) and module.in_features % NF4_BLOCK
+    ]
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        llm_int8_skip_modules=NOT_QUANTIZED,
+        llm_int8_skip_modules=[*NOT_QUANTIZED, *uneven],
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -24,12 +24,12 @@ FLIPPED = 1 / 64  # share of bits
 
 def glyph_rows(texts: Sequence[str], width: int, norm: float) -> torch.Tensor:
     """Rows `[V, width]` of length `norm` for texts: their bits along the first principal axes, zeros beyond those."""
-    bits = torch.from_numpy(np.stack([glyph_bits(text) for text in texts])).float()
-    flips = np.random.default_rng(0).random(bits.shape) < FLIPPED
-    bits = (bits - torch.from_numpy(flips).float()).abs().double()
-    centred = bits - bits.mean(dim=0)
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :width]  # of largest variance first
-    rows = F.pad(centred @ axes, (0, width - axes.shape[1]))
+    bits = np.stack([glyph_bits(text) for text in texts])
+    bits = (bits ^ (np.random.default_rng(0).random(bits.shape) < FLIPPED)).astype(np.float64)
+    centred = bits - bits.mean(axis=0)
+    # By numpy: torch's does not converge where few texts leave most axes without variance, on some processors.
+    axes = np.linalg.eigh(centred.T @ centred).eigenvectors[:, ::-1][:, :width]  # of largest variance first
+    rows = F.pad(torch.from_numpy(centred @ axes), (0, width - axes.shape[1]))
     return F.normalize(rows, dim=1).float() * norm
 
 
