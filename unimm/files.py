@@ -11,8 +11,10 @@ from pathlib import Path
 
 
 def check_model_name(name: str) -> None:
-    """Raise `ValueError` where a model's name is no folder and cannot be a Hub name, one `owner/name`, either."""
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+    """Raise `ValueError` where a name is neither a folder of a model nor, as one `owner/name`, a Hub name."""
+    folder = Path(name)
+    is_hub_name = name.count("/") == 1 and not name.startswith((".", "/")) and not folder.is_dir()
+    if not is_hub_name and not (folder / "config.json").is_file():
         raise ValueError(f"There is no model folder {name}; name a folder that holds config.json, or a Hub model.")
 
 

@@ -182,6 +182,7 @@ def test_cli_errors_are_one_line(tmp_path, tiny_folder, capsys):
         ["draw", "", *model],
         ["draw", "a star", "--n", "0", *model],
         ["draw", "a star", "--model", str(tmp_path / "nothing")],
+        ["tokenize", str(tmp_path / "a.png"), "-o", str(tmp_path / "c.json"), "--model", str(tmp_path)],
         ["tokenize", str(tmp_path / "bad.json"), "-o", str(tmp_path / "c.png"), *model],
         ["train", str(tmp_path / "bad.json")],
         ["push", str(tmp_path / "nothing"), "someone/model"],

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from unimm.cli import verbs
+from unimm.files import check_model_name
 
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
 
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for CPUs whenever it is installed
     try:
+        if getattr(arguments, "model", None):
+            check_model_name(arguments.model)
         arguments.verb.run(arguments)
     except KeyboardInterrupt:
         return 130
