@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unimm.nn.precision import has_fast_bf16
+from unimm.nn.processor import has_fast_bf16
 from unimm.training.loop import computes_in_bf16
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import unimm
-from unimm.nn.precision import has_fast_bf16
+from unimm.nn.processor import has_fast_bf16
 from unimm.nn.stored import FORMATS, Int8Linear, PackedLinear, four_bit_linear, store_linears
 
 PACKED = pytest.param(

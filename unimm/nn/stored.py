@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.utils import is_bitsandbytes_available
 
 from unimm.nn.few_rows import few_rows_product, takes_few_rows
-from unimm.nn.precision import has_fast_bf16
+from unimm.nn.processor import has_fast_bf16
 
 FORMATS = ("bfloat16", "int8", "nf4")
 SMALL = ("int8", "nf4")
@@ -75,7 +75,7 @@ def _scaled_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tenso
 class PackedLinear(nn.Module):
     """`x W^T + bias` in bfloat16 on a CPU, the weights laid out for oneDNN once rather than at every call.
 
-    Only a CPU that is fast in bfloat16 has the layout; see `unimm.nn.precision`.
+    Only a CPU that is fast in bfloat16 has the layout; see `unimm.nn.processor`.
 
     The operators are those that torch.compile emits for frozen weights.
     """

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from unimm.files import atomic_directory
-from unimm.nn.precision import has_fast_bf16
+from unimm.nn.processor import has_fast_bf16
 from unimm.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from unimm.training.plots import plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory

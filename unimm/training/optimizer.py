@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unimm.nn.blocks import MLP, SelfAttention
 from unimm.nn.conv import LocalBlock, ResidualBlock
-from unimm.nn.precision import has_fast_bf16
+from unimm.nn.processor import has_fast_bf16
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 # The decoder layers of every language model of transformers are of the first class.

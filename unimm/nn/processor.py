@@ -1,6 +1,10 @@
-"""Which precision a processor is fast in."""
+"""What a processor is fast in."""
 
 from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -18,3 +22,10 @@ def has_fast_bf16(device: torch.device) -> bool:
         imitated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not imitated
     return True
+
+
+@cache
+def is_intel() -> bool:
+    """Whether this is a processor of Intel's, to whom MKL gives kernels that it keeps from others."""
+    listed = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (listed.read_text(encoding="utf-8") if listed.is_file() else platform.processor())
