@@ -1,5 +1,6 @@
 """One tiny random model, built once per process and shared by all rooms, and the fixtures of references."""
 
+import gc
 import json
 import os
 import shutil
@@ -22,6 +23,11 @@ from unimm.sequence import train_text_tokenizer
 CAPTIONS = ["a red heart above a blue star", "draw a picture of three green circles", "what color is it?"]
 GOLDEN = Path(__file__).parent / "golden"
 ELSEWHERE = Path(os.environ.get("UNIMM_GOLDEN", GOLDEN))  # further fixtures, more than fit into the repository
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collections of garbage that every training asks for need not go through it."""
+    gc.freeze()
 
 
 def stored(system: str) -> Path:

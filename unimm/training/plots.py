@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from unimm.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAP = 4
 LABEL_HEIGHT = 14
@@ -34,7 +38,7 @@ class Curve:
 
 def plot_metrics(records: Sequence[dict[str, float]], path: Path) -> None:
     """One panel per metric over steps; nothing is written for an empty run."""
-    plot_curves([Curve("run", [records])], path, leave_out=("step", "seconds"))
+    plot_curves([Curve("run", [records])], path, leave_out=("step", "seconds", "epoch"))
 
 
 def plot_curves(curves: Sequence[Curve], path: Path, *, leave_out: Sequence[str], window: int = 1) -> None:
@@ -71,7 +75,7 @@ def plot_curves(curves: Sequence[Curve], path: Path, *, leave_out: Sequence[str]
         axis.grid(alpha=0.3)
         if len(curves) > 1:
             axis.legend(fontsize=7)
-    figure.tight_layout()
+    figure.subplots_adjust(**_margins(figure))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=90)
     pyplot.close(figure)
@@ -93,10 +97,25 @@ def plot_usage(ids: torch.Tensor, sizes: Sequence[int], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlim=(1, size + 1), ylim=(0.5, None))  # one code alone is seen too
         axis.set_title(f"slot {index}: {len(counts):,} of {size:,} codes", fontsize=9)
         axis.set_xlabel("rank of the code", fontsize=8)
-    figure.tight_layout()
+    figure.subplots_adjust(**_margins(figure))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=90)
     pyplot.close(figure)
+
+
+def _margins(figure: Figure) -> dict[str, float]:
+    """Of panels with a title and a name below, by their size in inches; laying them out by their texts takes as long as
+    drawing them.
+    """
+    width, height = figure.get_size_inches()
+    return {
+        "left": 0.6 / width,
+        "right": 1 - 0.15 / width,
+        "bottom": 0.5 / height,
+        "top": 1 - 0.3 / height,
+        "wspace": 0.2,
+        "hspace": 0.45,
+    }
 
 
 def contact_sheet(
