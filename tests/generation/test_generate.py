@@ -157,6 +157,24 @@ def test_what_guidance_cannot_follow_is_refused(tiny, options):
         model.generate(**ask(processor, "a star"), guidance_scale=SCALE, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "finite number"),
+        ({"guidance_scale": "3"}, "finite number"),
+        ({"guidance_scale": torch.ones(3)}, "each of the 1 samples"),
+        ({"guidance": 3.0}, "guidance is no argument; guidance_scale"),
+        ({"input_ids": [[1, 2]]}, r"no ids \[B, T\]"),
+        ({"input_ids": torch.tensor([1, 2])}, r"no ids \[B, T\]"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 2, 32)}, "the grammar reads them"),
+    ],
+)
+def test_other_ids_and_guidance_are_refused(tiny, options, message):
+    model, processor = tiny
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{**ask(processor, "a star"), "generation_mode": "image", **options})
+
+
 def test_unknown_mode_is_refused(tiny):
     with pytest.raises(ValueError, match="image, text or None"):
         tiny[0].generate(**ask(tiny[1], "a star"), generation_mode="audio")

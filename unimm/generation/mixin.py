@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ from unimm.generation.engine import Decoder, Engine, Unconditional, is_covered, 
 from unimm.generation.processors import EVERYWHERE, ClassifierFreeGuidance, GrammarLogitsProcessor, check_interval
 
 GENERATION_MODES = (None, "text", "image")
-OWN_ARGUMENTS = ("guidance", "grammar", "stock", "jacobi_window")
+INNER_ARGUMENTS = {"guidance", "grammar"}  # what `generate` makes of its arguments
+OWN_ARGUMENTS = (*INNER_ARGUMENTS, "stock", "jacobi_window")
 # Prompts in another form than ids, and caches that the caller holds, are for the stock loop.
 STOCK_ARGUMENTS = ("past_key_values", "position_ids", "inputs_embeds", "image_positions")
 
@@ -79,10 +82,15 @@ class UniMMGenerationMixin(GenerationMixin):
                 picture is closed after so many, coarser and sooner. None leaves it to the model.
 
         Raises:
-            ValueError: an unknown mode, a grid or number of codes that no legal picture has, a window below 1 or beside
-                the stock loop, an interval that is none, guidance with beam search, assisted or prompt-lookup
-                decoding, or a model that draws by levels where the engine cannot.
+            ValueError: no ids `[B, T]`, an unknown mode, a grid or number of codes that no legal picture has, a window
+                below 1 or beside the stock loop, an interval that is none, guidance that is no number or not one per
+                sample, guidance with beam search, assisted or prompt-lookup decoding, or a model that draws by levels
+                where the engine cannot.
         """
+        if unknown := INNER_ARGUMENTS & kwargs.keys():
+            raise ValueError(
+                f"{', '.join(sorted(unknown))} is no argument; guidance_scale guides, and grid gives a size."
+            )
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode is {generation_mode!r}; it must be image, text or None.")
         if jacobi_window < 1 or (stock and jacobi_window > 1):
@@ -104,6 +112,10 @@ class UniMMGenerationMixin(GenerationMixin):
         config.guidance_scale = 1.0  # what is None, the stock loop fills in from the model and then guides by itself
         kwargs["jacobi_window"], kwargs["grammar"] = jacobi_window, grammar
         input_ids = kwargs.pop("input_ids", inputs)
+        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
+            raise ValueError(
+                "The prompt has no ids [B, T]; give input_ids, also beside inputs_embeds: the grammar reads them."
+            )
         vocabulary = self.config.vocabulary
         if generation_mode == "text":
             config.suppress_tokens = [*(config.suppress_tokens or []), vocabulary.boi_token_id]
@@ -115,6 +127,7 @@ class UniMMGenerationMixin(GenerationMixin):
         kwargs["stock"] = stock or any(kwargs.get(name) is not None for name in STOCK_ARGUMENTS)
         if guidance_scale is None or (isinstance(guidance_scale, (int, float)) and guidance_scale == 1):
             return super().generate(input_ids, config, **kwargs)
+        check_guidance(guidance_scale, len(input_ids))
         self._refuse_unguidable(config, kwargs)
         negative = self._negative_prompt(negative_prompt_ids, input_ids)
         if generation_mode == "image":
@@ -304,6 +317,18 @@ class UniMMGenerationMixin(GenerationMixin):
         if (mask := model_kwargs.get("unconditional_mask")) is not None:
             model_kwargs["unconditional_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         return model_kwargs
+
+
+def check_guidance(scale: Any, batch: int) -> None:
+    """Raise `ValueError` where guidance is no finite number, nor a tensor of one for each of `batch` samples."""
+    if isinstance(scale, torch.Tensor):
+        good = scale.shape == (batch,) and bool(scale.isfinite().all())
+    else:
+        good = isinstance(scale, Real) and math.isfinite(scale)
+    if not good:
+        raise ValueError(
+            f"guidance_scale is {scale!r}; give a finite number, or a tensor of one for each of the {batch} samples."
+        )
 
 
 def _stop_ids(criterion: StoppingCriteria) -> list[int]:
