@@ -1,5 +1,7 @@
 """The model's contract: loading, precision, pixels, loss."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,16 @@ def test_a_bf16_load_keeps_the_codec_exact(tiny, tiny_folder):
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert {weight.dtype for weight in model.visual.parameters()} == {torch.float32}
+    assert model.codec.encode(pixels).ids.equal(tiny[0].codec.encode(pixels).ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_keeps_the_codec_exact(tiny, dtype):
+    model = copy.deepcopy(tiny[0]).to(dtype)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert model.lm_head.weight.dtype == dtype
+    assert {weight.dtype for weight in model.visual.parameters()} == {torch.float32}
+    assert model.codec.fingerprint() == tiny[0].codec.fingerprint()
     assert model.codec.encode(pixels).ids.equal(tiny[0].codec.encode(pixels).ids)
 
 

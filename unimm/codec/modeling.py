@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,15 @@ class VisualCodecModel(PreTrainedModel):
             ValueError: another kind of model, or fields that do not fit it.
         """
         return cls.begin(**fields | {"encoder": fields.get("encoder", {}) | {"kind": "tower", "tower": str(tower)}})
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> VisualCodecModel:
+        """Moves it, and leaves its precision: `.to(torch.bfloat16)` of a model around it would flip codes."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            made = fn(tensor)
+            return made if made.dtype == tensor.dtype else tensor.to(made.device)
+
+        return super()._apply(moved, recurse)
 
     def encode(
         self,
