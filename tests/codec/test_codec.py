@@ -707,6 +707,7 @@ PICTURES = {
     "cmyk": lambda: Image.new("CMYK", (30, 30), (0, 0, 0, 0)),
     "transparent": lambda: Image.new("RGBA", (30, 30), (0, 0, 0, 0)),
     "16 bit": lambda: Image.fromarray(np.full((30, 40), 65535, dtype=np.uint16)),
+    "32 bit floats": lambda: Image.fromarray(np.ones((30, 40), dtype=np.float32)),
     "array": lambda: np.full((30, 40, 3), 255, dtype=np.uint8),
     "floats": lambda: torch.ones(3, 40, 40),
 }

@@ -109,7 +109,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image).astype(np.float32) / 257
         image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     if image.mode == "F":
-        image = Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image)
+        levels = values * 255 if values.max() <= 1 else values
+        image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (*WHITE, 255))
