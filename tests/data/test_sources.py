@@ -144,12 +144,31 @@ def test_messages_pass_with_and_without_a_picture(codec, codec_folder, tmp_path)
     assert [len(row_pictures(row)) for row in rows] == [1, 0]
 
 
+def test_messages_need_no_column_of_pictures(codec, codec_folder, tmp_path):
+    hello = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a square"}]
+    (tmp_path / "text.jsonl").write_text(json.dumps({"messages": hello}) + "\n" + json.dumps({"messages": "no"}) + "\n")
+    report = tokenize_source(Source(str(tmp_path / "text.jsonl"), messages="messages"), codec_folder, tmp_path / "rows")
+    assert report.skipped == {"messages of another form than role and content": 1}
+    (row,) = read_rows(tmp_path / "rows", codec).to_list()
+    assert [message["content"][0]["text"] for message in row["messages"]] == ["hello", "a square"]
+    with pytest.raises(ValueError, match="no column 'picture' for --image"):
+        tokenize_source(
+            Source(str(tmp_path / "text.jsonl"), image="picture", messages="messages"), codec_folder, tmp_path / "other"
+        )
+
+
 def test_bad_sources_are_refused_with_the_way_out(codec_folder, tmp_path):
     folder = image_folder(tmp_path / "source")
     with pytest.raises(ValueError, match=r"no column 'captions' for --text. Did you mean caption\?"):
         tokenize_source(Source(folder["path"], text="captions"), codec_folder, tmp_path / "rows")
     with pytest.raises(ValueError, match="a row has one"):
         tokenize_source(Source(folder["path"], text="a", messages="b"), codec_folder, tmp_path / "rows")
+    tar = web_dataset(tmp_path / "tars")
+    with pytest.raises(ValueError, match=r"no column 'json.words' for --text.* It has caption"):
+        tokenize_source(Source(**tar | {"text": "json.words"}), codec_folder, tmp_path / "rows")
+    Dataset.from_dict({"image": [{"bytes": png(1)}], "number": [3]}).to_parquet(str(tmp_path / "numbers.parquet"))
+    with pytest.raises(ValueError, match="which is no picture"):
+        tokenize_source(Source(str(tmp_path / "numbers.parquet"), image="number"), codec_folder, tmp_path / "rows")
     Dataset.from_dict({"image": [], "caption": []}, features=None).to_parquet(str(tmp_path / "empty.parquet"))
     with pytest.raises(ValueError, match="holds no example"):
         tokenize_source(Source(str(tmp_path / "empty.parquet")), codec_folder, tmp_path / "rows")

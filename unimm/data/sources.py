@@ -50,7 +50,8 @@ class Source:
         config, split: of the data set.
         image: column of the pictures.
         text: column of captions; `json.caption` is a field of a column.
-        messages: column of chat messages, with one image part where there is a picture.
+        messages: column of chat messages, with one image part where there is a picture; beside it no column of pictures
+            is needed.
         streaming: read in order, without a copy in the cache of `datasets`.
     """
 
@@ -97,8 +98,11 @@ def tokenize_source(
         What all shards in `folder` were made from, those of other processes included.
 
     Raises:
-        ValueError: an empty source, a column that it does not have, a folder of other rows, or no readable picture.
+        ValueError: an empty source, a column that it does not have, a folder of other rows, no process, or no readable
+            picture.
     """
+    if num_proc < 1:
+        raise ValueError(f"--num-proc is {num_proc}; start one process or more.")
     if source.text and source.messages:
         raise ValueError(f"Both text ({source.text!r}) and messages ({source.messages!r}) are named; a row has one.")
     job = _Job(source, str(codec), folder, device)
@@ -124,7 +128,7 @@ def open_source(source: Source) -> IterableDataset:
     """The examples of a source in order, pictures undecoded.
 
     Raises:
-        ValueError: no example, or a column that is not there.
+        ValueError: no example, a column that is not there, or one of pictures that holds none.
     """
     path = Path(source.path)
     single = {"data_files": path.name} if path.is_file() else {}
@@ -139,9 +143,18 @@ def open_source(source: Source) -> IterableDataset:
     first = next(iter(dataset.decode(False).take(1)), None)
     if first is None:
         raise ValueError(nothing)
-    for role, column in (("image", source.image), ("text", source.text), ("messages", source.messages)):
-        if column is not None and column.split(".")[0] not in first:
-            raise ValueError(_no_column(source.path, role, column, list(first)))
+    pictured = source.image in first or source.messages is None or source.image != Source.image
+    named = {"image": source.image if pictured else None, "text": source.text, "messages": source.messages}
+    for role, column in named.items():
+        if column is not None:
+            _check_column(source.path, role, column, first)
+    if not pictured:
+        return dataset
+    if isinstance(first[source.image], (int, float)):
+        raise ValueError(
+            f"The column {source.image!r} of {source.path} holds {first[source.image]!r}, which is no picture; name "
+            "another as --image."
+        )
     return dataset.cast_column(source.image, ImageFeature(decode=False))
 
 
@@ -185,9 +198,16 @@ def load_codec(path: str, device: str | None = None) -> tuple[VisualCodecModel, 
     return codec, VisualCodecImageProcessor.from_pretrained(path)
 
 
-def _no_column(path: str, role: str, column: str, columns: list[str]) -> str:
-    hint = did_you_mean(column, columns, cutoff=0.4)
-    return f"{path} has no column {column!r} for --{role}.{hint} It has {', '.join(columns)}."
+def _check_column(path: str, role: str, column: str, example: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where an example has no such column, or a column of fields has no such field."""
+    value: Any = example
+    for name in column.split("."):
+        if not isinstance(value, Mapping):
+            return
+        if name not in value:
+            hint = did_you_mean(name, list(value), cutoff=0.4)
+            raise ValueError(f"{path} has no column {column!r} for --{role}.{hint} It has {', '.join(value)}.")
+        value = value[name]
 
 
 def _end_with(parent: int) -> None:
@@ -248,11 +268,11 @@ def _read_example(
     source: Source, example: Mapping[str, Any], image_processor: VisualCodecImageProcessor
 ) -> tuple[dict[str, Any], torch.Tensor | None]:
     """Words of an example, and pixels `[3, H, W]` where it has a picture."""
-    undecoded = example[source.image]
+    undecoded = example.get(source.image)
     row: dict[str, Any] = {"codes": [], "height": 0, "width": 0}
     if source.messages is not None:
         messages = _field(example, source.messages)
-        row["messages"] = _plain_messages(json.loads(messages) if isinstance(messages, str) else messages)
+        row["messages"] = _plain_messages(messages)
         parts = sum(part["type"] == "image" for message in row["messages"] for part in message["content"])
         if parts != (undecoded is not None):
             raise _Skipped(f"{parts} image parts for {int(undecoded is not None)} pictures")
@@ -279,15 +299,16 @@ def _field(example: Mapping[str, Any], column: str) -> Any:
 
 
 def _plain_messages(messages: Any) -> list[Message]:
-    """Messages whose content is a list of text and image parts."""
+    """Messages, or JSON of such, whose content is a list of text and image parts."""
     try:
+        messages = json.loads(messages) if isinstance(messages, str) else messages
         plain = []
         for message in messages:
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             pairs = [{"type": part["type"], "text": part.get("text")} for part in parts]
             plain.append({"role": message["role"], "content": pairs})
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise _Skipped("messages of another form than role and content") from error
     good = all(
         message["role"] in ROLES
