@@ -24,7 +24,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
 
     Raises:
         ValueError: the file is not a YAML mapping, or a key or value does not fit `cls`.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
     """
     data = read_yaml(path)
     for override in overrides:
@@ -64,7 +64,11 @@ def set_by_path(data: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ValueError(f"Override {override!r}: {parent!r} is a value, not a group of keys.")
-    node[leaf] = yaml.safe_load(value)
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Override {override!r} has no YAML behind '=' ({reason}); close what it opens.") from error
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], *, where: str = "config") -> T:

@@ -50,11 +50,12 @@ def test_what_is_saved_is_finite(tmp_path):
     assert not list((tmp_path / "codec" / "checkpoints").glob("step-*"))
 
 
-def test_an_adapter_of_nothing_is_refused(tmp_path, worlds_folder):
+def test_an_adapter_of_nothing_is_refused(tmp_path, codec):
+    codec.save_pretrained(tmp_path / "codec")
     recipe = {
         "task": "pretrain",
         "run": {"name": "run", "directory": str(tmp_path)},
-        "codec": str(worlds_folder),
+        "codec": str(tmp_path / "codec"),
         "adapter": {"rank": 2},
         "data": {"worlds": {"shapes": 1.0}},
         "optimizer": {"steps": 1},
@@ -139,6 +140,32 @@ def test_a_stage_before_the_one_it_begins_with_is_refused(tmp_path, stage, key):
     recipe = Path(__file__).parents[2] / "recipes" / "tiny" / f"{stage}.yaml"
     with pytest.raises(ValueError, match=f"{key}: There is no model folder .*/earlier/model;.* run first"):
         train(recipe, [f"run.directory={tmp_path}", f"{key}={tmp_path}/earlier/model"])
+
+
+@pytest.mark.parametrize(("stage", "key"), [("codec", "begin"), ("pretrain", "codec"), ("sft", "init_from")])
+def test_a_beginning_of_another_kind_is_refused(tmp_path, codec, tiny_folder, stage, key):
+    recipe = Path(__file__).parents[2] / "recipes" / "tiny" / f"{stage}.yaml"
+    codec.save_pretrained(tmp_path / "codec")
+    folder = tmp_path / "codec" if key == "init_from" else tiny_folder
+    with pytest.raises(ValueError, match=f"{key}: .* holds a model of type 'unimm"):
+        train(recipe, [f"run.directory={tmp_path}", f"{key}={folder}"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        ("codec", "optimizer.steps=0"),
+        ("sft", "optimizer.steps=-1"),
+        ("codec", "logging.every=0"),
+        ("sft", "logging.save_every=0"),
+        ("codec", "data.batch_size=0"),
+        ("detokenizer", "data.pool_size=0"),
+    ],
+)
+def test_nothing_to_do_is_refused(tmp_path, stage, change):
+    recipe = Path(__file__).parents[2] / "recipes" / "tiny" / f"{stage}.yaml"
+    with pytest.raises(ValueError, match=r"1 or more|one step or more"):
+        train(recipe, [f"run.directory={tmp_path}", change])
 
 
 @pytest.mark.parametrize(("text", "column"), [("prompt\n", "prompt"), ("caption\na star\n", "prompt")])

@@ -1,4 +1,4 @@
-"""What a processor is fast in."""
+"""What a processor is fast in, and which there are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise `ValueError` where torch cannot use a device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = torch.accelerator.current_accelerator()
+        here = "cpu" if found is None else f"cpu and {found.type}"
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"The device is {str(device)!r}, which torch cannot use ({reason}); here is {here}."
+        ) from error
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from unimm.files import check_model_name
+from unimm.nn.processor import check_device
 from unimm.nn.stored import check_format
 from unimm.pipelines.unimm import DETOKENIZER_FOLDER, UniMM
 from unimm.sequence import UniMMProcessor
@@ -38,14 +39,16 @@ def load(
             part of the detokenizer until it is needed.
 
     Raises:
-        ValueError: an unknown format, or one whose library is not installed, no such folder, or a checkpoint with
-            missing or extra weights.
+        ValueError: an unknown format, or one whose library is not installed, a device that is not here, no such folder,
+            one of another kind of model, or a checkpoint with missing or extra weights.
     """
     if path is None and not SHIPPED.is_dir():
         raise ValueError("The shipped model lies in the repository only; name a folder or a Hub model to load.")
     check_format(weights)
-    name = str(path or SHIPPED)
+    check_device(device)
+    name = str(SHIPPED if path is None else path)
     check_model_name(name)
+    check_kind(name, UniMMConfig)
     quantized = {}
     if weights == "nf4":
         quantized = {"quantization_config": four_bits(UniMMConfig.from_pretrained(name)), "device_map": device}
@@ -63,3 +66,13 @@ def load(
     if weights in ("bfloat16", "int8"):
         compress(model, weights)
     return UniMM(model, UniMMProcessor.from_pretrained(name), folder, weights=weights, offload=offload)
+
+
+def check_kind(name: str, kind: type[PretrainedConfig]) -> None:
+    """Raise `ValueError` where a folder or a Hub name has another kind of model, as a codec alone for a unified one."""
+    found = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+    if found != kind.model_type:
+        raise ValueError(
+            f"{name} holds a model of type {found!r}; one of type {kind.model_type!r} is needed here "
+            "(`unimm_codec` is a codec, `unimm` the model around it)."
+        )

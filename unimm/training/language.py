@@ -22,7 +22,7 @@ from unimm.sequence import IGNORED_LABEL, ImagePart, UniMMProcessor
 from unimm.training.adapter import AdapterConfig, begin_adapter, load_model, merge_adapter
 from unimm.training.begin import BackboneConfig, SamplingConfig, TextModelConfig, begin_model, generation_config
 from unimm.training.language_data import ConversationDataset, PackInOneRow, PadRight, RowsConfig, open_mixture
-from unimm.training.loop import ON_CPU, check_finite, computes_in_bf16
+from unimm.training.loop import ON_CPU, check_finite, check_intervals, computes_in_bf16
 from unimm.training.optimizer import OptimizerConfig, build_optimizer
 from unimm.training.plots import contact_sheet, plot_metrics
 from unimm.training.run_directory import RunConfig, RunDirectory
@@ -47,12 +47,18 @@ class LanguageLoggingConfig:
     """Steps between log lines, between sample sheets, and between checkpoints; and who else gets the log.
 
     `report_to` names loggers of transformers, as `tensorboard` or `trackio`; the run directory has the log anyway.
+
+    Raises:
+        ValueError: less than one step.
     """
 
     every: int = 20
     sample_every: int = 500
     save_every: int = 500
     report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_intervals(self.every, self.sample_every, self.save_every)
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,24 @@ ON_CPU = not torch.accelerator.is_available()  # said aloud, accelerate joins se
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Steps between log lines, between validations with a sample sheet and plots, and between checkpoints."""
+    """Steps between log lines, between validations with a sample sheet and plots, and between checkpoints.
+
+    Raises:
+        ValueError: less than one step.
+    """
 
     every: int = 20
     validate_every: int = 500
     save_every: int = 500
+
+    def __post_init__(self) -> None:
+        check_intervals(self.every, self.validate_every, self.save_every)
+
+
+def check_intervals(*intervals: int) -> None:
+    """Raise `ValueError` where steps between two lines of a log, sheets or checkpoints are less than one."""
+    if min(intervals) < 1:
+        raise ValueError(f"logging has {', '.join(map(str, intervals))} steps in between; each must be 1 or more.")
 
 
 class Critic(Protocol):

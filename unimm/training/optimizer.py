@@ -35,7 +35,7 @@ class OptimizerConfig:
         betas, weight_decay: of AdamW; vectors (norms, biases) are not decayed.
 
     Raises:
-        ValueError: an unknown schedule.
+        ValueError: an unknown schedule, or no step.
     """
 
     steps: int
@@ -50,6 +50,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
+        if self.steps < 1:
+            raise ValueError(f"optimizer.steps is {self.steps}; train one step or more.")
 
 
 class ExactMuon(Muon):

@@ -35,7 +35,7 @@ class PoolConfig:
         batch_size: pictures per step and process.
 
     Raises:
-        ValueError: neither worlds nor source, or both.
+        ValueError: neither worlds nor source, or both; no picture in the pool or in a batch.
     """
 
     worlds: dict[str, float] = field(default_factory=dict)
@@ -48,6 +48,10 @@ class PoolConfig:
     def __post_init__(self) -> None:
         if bool(self.worlds) == bool(self.source):
             raise ValueError(f"data.worlds are {self.worlds} and data.source {self.source!r}; name one of them.")
+        if min(self.pool_size, self.batch_size) < 1:
+            raise ValueError(
+                f"data.pool_size is {self.pool_size} and data.batch_size {self.batch_size}; each must be 1 or more."
+            )
 
     @property
     def has_captions(self) -> bool:

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimm.codec import VisualCodecConfig
 from unimm.config import from_dict, read_yaml, set_by_path
 from unimm.files import check_model_name
+from unimm.pipelines.load import check_kind
 from unimm.training.codec import CodecRecipe, train_codec
 from unimm.training.detokenizer import DetokenizerRecipe, train_detokenizer
 from unimm.training.dpo import DpoRecipe, train_dpo
 from unimm.training.grpo import GrpoRecipe, train_grpo
 from unimm.training.language import LanguageRecipe, train_language
 from unimm.training.run_directory import RunDirectory
+from unimm.unified import UniMMConfig
 
 STAGES: dict[str, tuple[type, Callable[[Any], RunDirectory]]] = {
     "codec": (CodecRecipe, train_codec),
@@ -24,7 +27,8 @@ STAGES: dict[str, tuple[type, Callable[[Any], RunDirectory]]] = {
     "grpo": (GrpoRecipe, train_grpo),
 }
 
-BEGINNINGS = ("begin", "codec", "init_from")  # keys of models that another stage has trained
+# Keys of models that another stage has trained, and their kinds.
+BEGINNINGS = {"begin": VisualCodecConfig, "codec": VisualCodecConfig, "init_from": UniMMConfig}
 
 
 def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> RunDirectory:
@@ -45,11 +49,15 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> RunDirector
 
 
 def check_begun(key: str, name: str) -> None:
-    """Raise `ValueError` where the model that a recipe begins with is not there."""
+    """Raise `ValueError` where the model that a recipe begins with is not there, or is of another kind."""
     try:
         check_model_name(name)
     except ValueError as error:
         raise ValueError(f"{key}: {error} A recipe that trains it has to be run first.") from None
+    try:
+        check_kind(name, BEGINNINGS[key])
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def read_recipe(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Any:
