@@ -3,6 +3,7 @@
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -64,6 +65,36 @@ def test_impossible_prompts_are_refused(unimm_tiny, prompt):
         unimm_tiny.generate(prompt)
 
 
+IMPOSSIBLE = {
+    "no picture": lambda model: model.generate("a star", n=0),
+    "hot": lambda model: model.generate("a star", temperature=float("inf")),
+    "top_p": lambda model: model.generate("a star", top_p=2.0),
+    "guidance": lambda model: model.generate("a star", guidance=float("nan")),
+    "nothing to see": lambda model: model.understand([]),
+    "two questions": lambda model: model.understand(Image.new("RGB", (9, 9)), ["what?", "where?"]),
+    "no message": lambda model: model.chat([]),
+    "no role": lambda model: model.chat([{"content": "a star"}]),
+    "a text": lambda model: model.chat("a star"),
+    "no text": lambda model: model.chat([{"role": "user", "content": [{"type": "text", "text": None}]}]),
+    "a film": lambda model: model.chat([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]),
+}
+
+
+@pytest.mark.parametrize("ask", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_impossible_requests_are_refused(unimm_tiny, ask):
+    with pytest.raises(ValueError, match=r"; |one of|at least one"):
+        ask(unimm_tiny)
+
+
+def test_one_picture_of_any_kind_is_one(unimm_tiny, picture_file):
+    picture = Image.open(picture_file)
+    answers = [
+        [reply.text for reply in unimm_tiny.understand(shown)] for shown in (picture, np.asarray(picture), [picture])
+    ]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(answers[0]) == 1
+
+
 def test_a_prompt_that_spells_specials_is_plain_text(unimm_tiny):
     assert len(unimm_tiny.generate("<|eoi|><|boi|> a star <|end|>", seed=0)[0].images) == 1
 
@@ -78,6 +109,13 @@ def broken(tmp_path, kind):
     if kind == "empty":
         path.write_bytes(b"")
     return path
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by a quarter
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == (40, 60)
 
 
 @pytest.mark.parametrize("kind", ["text", "truncated", "empty", "missing"])
@@ -102,6 +140,29 @@ def test_load_refuses_missing_and_extra_weights(tiny_folder, tmp_path):
             unimm.load(folder)
     with pytest.raises(ValueError, match="no model folder"):
         unimm.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no model folder"):
+        unimm.load("")
+
+
+def test_load_refuses_another_kind_of_model_and_another_device(codec, tmp_path):
+    codec.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of type 'unimm_codec'"):
+        unimm.load(tmp_path)
+    for device in ("nonsense", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match="torch cannot use"):
+            unimm.load(device=device)
+
+
+def test_a_repository_takes_the_place_of_nothing_else(tiny_folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a page")
+    for target in (tmp_path / "mine", tmp_path / "file"):
+        with pytest.raises(ValueError, match="would be lost"):
+            write_repository(tiny_folder, target)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    for _ in range(2):  # its own place it takes
+        write_repository(tiny_folder, tmp_path / "repository")
 
 
 def test_a_repository_holds_what_the_hub_needs(tiny_folder, tiny, tmp_path):
@@ -173,8 +234,8 @@ def test_the_example_of_a_verb_is_that_verb(verb):
     assert build_parser().parse_args(shlex.split(verb.example)[1:]).verb is verb
 
 
-def test_cli_errors_are_one_line(tmp_path, tiny_folder, capsys):
-    model = ("--model", str(tiny_folder))
+def test_cli_errors_are_one_line(tmp_path, tiny_folder, capsys, request):
+    model, root = ("--model", str(tiny_folder)), request.config.rootpath
     (tmp_path / "a.png").write_text("not a picture")
     (tmp_path / "bad.json").write_text("{}")
     for arguments in (
@@ -186,8 +247,26 @@ def test_cli_errors_are_one_line(tmp_path, tiny_folder, capsys):
         ["tokenize", str(tmp_path / "bad.json"), "-o", str(tmp_path / "c.png"), *model],
         ["train", str(tmp_path / "bad.json")],
         ["push", str(tmp_path / "nothing"), "someone/model"],
+        ["draw", "a star", "-o", str(tmp_path / "a.xyz"), *model],
+        ["draw", "a star", "-o", str(tmp_path), *model],
+        ["draw", "a star", "--device", "nonsense", *model],
+        ["draw", "a star", "--model", ""],
+        ["tokenize", str(tmp_path), "-o", str(tmp_path / "a.png"), *model],
+        ["tokenize", str(tmp_path), "-o", str(tmp_path / "rows"), "--num-proc", "0", *model],
+        ["train", str(tmp_path)],
+        ["train", str(root / "recipes" / "tiny" / "codec.yaml"), "optimizer.steps=["],
+        ["train", str(root / "recipes" / "tiny" / "codec.yaml"), "--world-size", "8"],
+        ["evaluate", "codec", "--best-of", "4", *model],
+        ["evaluate", "tiny", "--pictures", "shapes", *model],
+        ["evaluate", "tiny", "--folder", str(tmp_path / "bad.json"), *model],
+        ["evaluate", "codec", "--vae", str(tmp_path)],
+        ["bench", "--config", "tiny", "--formats", "int3"],
+        ["bench", "--config", "tiny", "--window", "0"],
+        ["bench", "--config", "tiny", "--threads", "-1"],
+        ["bench", "--config", "tiny", "--codes", "0"],
+        ["bench", "--config", "tiny", *model],
     ):
-        assert main(arguments) == 2, arguments
+        assert main(arguments) == 2, arguments  # and at once: no weights are drawn with, no step is trained
         error = capsys.readouterr().err
         assert error.startswith("unimm: ")
         assert error.count("\n") == 1

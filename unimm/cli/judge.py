@@ -16,6 +16,8 @@ from unimm.evaluation.legibility import rapid_reader
 from unimm.evaluation.subjects import CodecSubject, Subject, VaeSubject, read_pairs
 from unimm.nn.scripted import Inception, Lpips
 
+PICTURES = ("shapes", "words", "photographs")
+
 
 def judge_codec(arguments: argparse.Namespace, device: str) -> CodecReport:
     """The report of a codec, of a VAE, or of a folder of copies; what is judged runs on `device`.
@@ -38,7 +40,7 @@ def judge_codec(arguments: argparse.Namespace, device: str) -> CodecReport:
             report.save(folder)
         return report
     subject = _subject(arguments, device)
-    sets = picture_sets(tuple(arguments.pictures), subject.side, arguments.limit)
+    sets = picture_sets(tuple(arguments.pictures or PICTURES), subject.side, arguments.limit)
     reader = rapid_reader() if arguments.text else None
     return evaluate_codec(subject, sets, folder=folder, extractor=extractor, lpips=lpips, reader=reader)
 
@@ -53,7 +55,7 @@ def _extractor(arguments: argparse.Namespace, device: str) -> Extractor:
 
 def _subject(arguments: argparse.Namespace, device: str) -> Subject:
     if arguments.vae:
-        return VaeSubject(arguments.vae, arguments.side, device)
+        return VaeSubject(arguments.vae, 256 if arguments.side is None else arguments.side, device)
     path = arguments.model
     if path and (Path(path) / "config.json").is_file() and _is_codec(path):
         return CodecSubject(VisualCodecModel.from_pretrained(path).to(device), path)

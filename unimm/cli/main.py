@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from unimm.cli import verbs
 from unimm.files import check_model_name
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for CPUs whenever it is installed
     try:
-        if getattr(arguments, "model", None):
+        if getattr(arguments, "model", None) is not None:
             check_model_name(arguments.model)
         arguments.verb.run(arguments)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TRIALS = 200  # per category
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ def _place(arguments: argparse.Namespace) -> dict[str, Any]:
     """The device that is asked for, or the fastest there is, and the precision to work in there."""
     import torch
 
+    from unimm.nn.processor import check_device
+
     device = arguments.device or str(torch.accelerator.current_accelerator() or "cpu")
+    check_device(device)
     return {"device": device, "dtype": torch.float32 if device == "cpu" else torch.bfloat16}
 
 
@@ -37,6 +41,25 @@ def _load(arguments: argparse.Namespace) -> Any:
 
     logging.disable_progress_bar()
     return unimm.load(arguments.model, weights=arguments.weights, offload=arguments.offload, **_place(arguments))
+
+
+def _check_picture(output: str) -> None:
+    """Raise `ValueError` where Pillow writes no picture of that name, before it is drawn."""
+    from pathlib import Path
+
+    from PIL import Image
+
+    writable = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+    if Path(output).suffix.lower() not in writable or Path(output).is_dir():
+        raise ValueError(f"The picture is to be {output!r}; name a file that ends in .png, .jpg or .webp.")
+
+
+def _check_folder(folder: str | None) -> None:
+    """Raise `ValueError` where results are to go into a folder that is a file, before they are worked for."""
+    from pathlib import Path
+
+    if folder is not None and Path(folder).is_file():
+        raise ValueError(f"The folder {folder} is a file; name another.")
 
 
 def _alone(arguments: argparse.Namespace) -> None:
@@ -72,6 +95,7 @@ def _draw(arguments: argparse.Namespace) -> None:
 
     if arguments.n < 1:
         raise ValueError(f"--n is {arguments.n}; draw at least one picture.")
+    _check_picture(arguments.output)
     replies = _load(arguments).generate(
         arguments.prompt,
         n=arguments.n,
@@ -110,6 +134,7 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from unimm.cli.chat import converse
 
+    _check_folder(arguments.folder)
     converse(_load(arguments), folder=arguments.folder, seed=arguments.seed)
 
 
@@ -117,17 +142,29 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", help="key=value, for example optimizer.lr=1e-3")
     parser.add_argument("--plan", action="store_true", help="say what it would take, and train nothing")
-    parser.add_argument("--world-size", type=int, default=1, help="of the plan: GPUs (default: 1)")
-    parser.add_argument("--gpu", default="h100", help="of the plan: rtx4090, a100, h100 or h200 (default: h100)")
+    parser.add_argument("--world-size", type=int, help="of the plan: GPUs (default: 1)")
+    parser.add_argument("--gpu", help="of the plan: rtx4090, a100, h100 or h200 (default: h100)")
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from unimm.training.plan import plan
     from unimm.training.recipe import train
 
+    world_size, gpu = arguments.world_size, arguments.gpu
     if arguments.plan:
-        print(plan(arguments.recipe, arguments.overrides, world_size=arguments.world_size, gpu=arguments.gpu).to_text())
+        planned = plan(
+            arguments.recipe,
+            arguments.overrides,
+            world_size=1 if world_size is None else world_size,
+            gpu=gpu or "h100",
+        )
+        print(planned.to_text())
         return
+    if world_size is not None or gpu is not None:
+        raise ValueError(
+            "--world-size and --gpu are of a plan: add --plan, or train by several processes with accelerate launch -m "
+            "unimm.cli train."
+        )
     print(train(arguments.recipe, arguments.overrides).root)
 
 
@@ -152,17 +189,29 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     from unimm.cli.tokenize import codes_to_picture, picture_to_codes, source_to_rows
 
     if arguments.source.endswith(".json"):
+        _check_picture(arguments.output)
         codes_to_picture(_load(arguments), arguments.source, arguments.output)
     elif Path(arguments.output).suffix == ".json":
         picture_to_codes(_load(arguments), arguments.source, arguments.output)
     else:
         _alone(arguments)
+        if Path(arguments.output).is_file() or Path(arguments.output).suffix.lower() in PICTURES:
+            raise ValueError(
+                f"The output is {arguments.output!r}; name a new folder for rows, or a .json file for the codes of "
+                "one picture."
+            )
         print(source_to_rows(arguments))
     print(arguments.output)
 
 
+def _trials(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} trials; give 1 or more")
+    return int(text)
+
+
 def _limit_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--limit", type=int, default=TRIALS, help=f"trials per category (default: {TRIALS})")
+    parser.add_argument("--limit", type=_trials, default=TRIALS, help=f"trials per category (default: {TRIALS})")
 
 
 def _measuring(
@@ -198,15 +247,28 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     codec = parser.add_argument_group("of codec")
     codec.add_argument("--vae", help="judge this autoencoder of diffusers, in place of --model")
-    codec.add_argument("--side", type=int, default=256, help="of the pictures for --vae, in pixels (default: 256)")
+    codec.add_argument("--side", type=int, help="of the pictures for --vae, in pixels (default: 256)")
     codec.add_argument("--references", help="judge the copies in --copies against the pictures in this folder")
     codec.add_argument("--copies", help="folder of copies, under the names of the references")
-    sets = ["shapes", "words", "photographs"]
-    codec.add_argument("--pictures", nargs="+", default=sets, help="sets to copy: these, emoji, or folders of pictures")
+    sets = "sets to copy: shapes, words, photographs, emoji, or folders of pictures (default: the first three)"
+    codec.add_argument("--pictures", nargs="+", help=sets)
     codec.add_argument("--extractor", help="a vision model for the Fréchet distance (default: thumbnails)")
     codec.add_argument("--inception", metavar="FILE", help="NVIDIA's inception-2015-12-05.pt, to report rFID instead")
     codec.add_argument("--lpips", metavar="FILE", help="NVIDIA's vgg16.pt, to report LPIPS too")
-    codec.add_argument("--text", action="store_true", help="also read words of several heights with an OCR")
+    codec.add_argument(
+        "--text", action="store_true", default=None, help="also read words of several heights with an OCR"
+    )
+
+
+def _check_benchmark(arguments: argparse.Namespace) -> None:
+    """Raise `ValueError` where an option is of the other benchmark."""
+    others = {
+        "codec": ("temperature", "best_of"),
+        "tiny": ("vae", "side", "references", "copies", "pictures", "extractor", "inception", "lpips", "text"),
+    }[arguments.benchmark]
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} is not of the benchmark {arguments.benchmark}; leave it out.")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -214,6 +276,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from unimm.evaluation import evaluate_tiny
 
+    _check_folder(arguments.folder)
+    _check_benchmark(arguments)
     if arguments.benchmark == "codec":
         from unimm.cli.judge import judge_codec
 
@@ -272,19 +336,31 @@ def _bench(arguments: argparse.Namespace) -> None:
     from unimm.evaluation.scaling import LENGTHS
     from unimm.evaluation.speed import TASKS, Bench, SpeedReport
     from unimm.evaluation.timing import Machine
+    from unimm.nn.stored import check_format
 
     known, tasks = (*TASKS, "scaling"), arguments.tasks
     unknown = [task for task in tasks if task not in known]
-    if unknown or min(arguments.batch, arguments.rounds) < 1 or (arguments.drawn or 2) < 2:
+    drawn = 2 if arguments.drawn is None else arguments.drawn
+    if unknown or min(arguments.batch, arguments.rounds, arguments.window) < 1 or drawn < 2:
         raise ValueError(
-            f"--tasks are {tasks}, --batch {arguments.batch}, --rounds {arguments.rounds} and --drawn "
-            f"{arguments.drawn}; name some of {', '.join(known)}, a batch and rounds of 1 or more, and 2 codes or more."
+            f"--tasks are {tasks}, --batch {arguments.batch}, --rounds {arguments.rounds}, --window {arguments.window} "
+            f"and --drawn {arguments.drawn}; name some of {', '.join(known)}, a batch, rounds and a window of 1 or "
+            "more, and 2 codes or more."
         )
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads is {arguments.threads}; give 1 or more.")
+    if arguments.config and (arguments.model is not None or arguments.weights or arguments.offload):
+        raise ValueError("--config is a model of random weights: leave out --model, --weights and --offload.")
+    for name in arguments.formats:
+        check_format(name)
+    _check_folder(arguments.folder)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     place = _place(arguments)
     scales = "scaling" in tasks
-    codes = arguments.codes or (max(LENGTHS) if scales else 256)
+    codes = (max(LENGTHS) if scales else 256) if arguments.codes is None else arguments.codes
+    if codes < 1:
+        raise ValueError(f"--codes is {codes}; a picture has 1 or more.")
     formats = arguments.formats if "draw" in tasks else []
     model = random_model(arguments.config, codes=codes, **place) if arguments.config else _load(arguments).model
     machine = Machine.measure(model.device)

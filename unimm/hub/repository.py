@@ -24,12 +24,14 @@ def write_repository(source: Path, target: Path, detokenizer: Path | None = None
         detokenizer: a saved pipeline, which goes to `detokenizer/` in bfloat16.
 
     Raises:
-        ValueError: `source` holds no model, or `detokenizer` no pipeline.
+        ValueError: `source` holds no model, or `detokenizer` no pipeline, or `target` something else than an earlier
+            repository, which would be lost.
     """
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} holds no saved model; train one first (make tiny).")
     if detokenizer is not None and not (detokenizer / "model_index.json").is_file():
         raise ValueError(f"{detokenizer} holds no saved pipeline; train one first (make tiny).")
+    check_replaceable(target)
     model = UniMMForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
     with atomic_directory(target) as folder:
         model.save_pretrained(folder)
@@ -41,6 +43,16 @@ def write_repository(source: Path, target: Path, detokenizer: Path | None = None
         for path in folder.rglob("*.json"):
             _forget_paths(path)
     return target
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise `ValueError` where a repository at `target` would take the place of something else."""
+    strange = target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()
+    if target.is_file() or strange or (target / ".git").exists():
+        raise ValueError(
+            f"{target} holds something else than a repository that was laid out here, and it would be lost; name a "
+            "new folder."
+        )
 
 
 def _forget_paths(path: Path) -> None:

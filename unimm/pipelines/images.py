@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A fully read picture; an animation gives its first frame.
+    """A fully read picture, turned as its EXIF data say, as data sets are; an animation gives its first frame.
 
     Raises:
         ValueError: no file, no picture, a truncated one, or one of more than 100 million pixels.
@@ -26,7 +26,7 @@ def open_image(path: str | Path) -> Image.Image:
                 )
             image.seek(0)
             image.load()
-            return image.copy()
+            return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture that Pillow can read, whatever its name says.") from error
     except (OSError, SyntaxError, EOFError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,9 +166,12 @@ class UniMM:
                 ones alone. None leaves it to the model.
 
         Raises:
-            ValueError: an empty prompt, one that is longer than the model takes, a size or number of codes that it
-                cannot draw, an interval that is none, or no detokenizer for diffusion steps.
+            ValueError: an empty prompt, one that is longer than the model takes, n below 1, sampling outside its range,
+                a size or number of codes that it cannot draw, an interval that is none, or no detokenizer for diffusion
+                steps.
         """
+        if n < 1:
+            raise ValueError(f"n is {n}; draw at least one picture per prompt.")
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not listed or not all(prompt.strip() for prompt in listed):
             raise ValueError("The prompt is empty; say what to draw, for example 'a red heart'.")
@@ -195,9 +199,17 @@ class UniMM:
         Args:
             images: one picture or several.
             questions: one for all, or one per picture.
+
+        Raises:
+            ValueError: no picture, or another number of questions.
         """
-        listed = [images] if isinstance(images, Image.Image) else list(images)
+        listed = list(images) if isinstance(images, (list, tuple)) else [images]
         asked = [questions] * len(listed) if isinstance(questions, str) else list(questions)
+        if not listed or len(asked) != len(listed):
+            raise ValueError(
+                f"There are {len(listed)} pictures and {len(asked)} questions; give a picture or more, and one "
+                "question for all or one for each."
+            )
         requests = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
             for image, question in zip(listed, asked, strict=True)
@@ -253,7 +265,12 @@ class UniMM:
         size: tuple[int, int] | None = None,
         num_codes: int | None = None,
     ) -> list[list[int]]:
-        """Generated ids of every request, the picture's opening included."""
+        """Generated ids of every request, the picture's opening included.
+
+        Raises:
+            ValueError: sampling outside its range.
+        """
+        _check_sampling(temperature, top_p)
         if seed is not None:
             torch.manual_seed(seed)
         given = {"temperature": temperature, "top_p": top_p}
@@ -343,6 +360,14 @@ class UniMM:
             levels = ((pixels.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
             pictures.append(Picture(Image.fromarray(np.ascontiguousarray(levels)), single))
         return pictures
+
+
+def _check_sampling(temperature: float | None, top_p: float | None) -> None:
+    if not 0 <= (temperature or 0) < math.inf or not 0 <= (top_p or 0) <= 1:
+        raise ValueError(
+            f"temperature is {temperature} and top_p {top_p}; give a temperature of 0, which is greedy, or more, and a "
+            "top_p from 0 to 1, or None for the model's own."
+        )
 
 
 def _text(message: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from unimm.sequence.vocabulary import VisualVocabulary
 OWN_CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 ESCAPE = "\u200b"  # zero-width space: breaks the spelling of a special token, not the look of the text
 IGNORED_LABEL = -100
+PARTS = ("text", "image", "image_url")
 
 Message = dict[str, Any]
 
@@ -186,10 +187,15 @@ class UniMMProcessor(ProcessorMixin):
         """As in transformers, with the text of every message escaped first.
 
         Raises:
-            ValueError: a prompt longer than the model takes, when it is tokenized here.
+            ValueError: no message, one without role and content or of parts that are neither text nor pictures, or a
+                prompt longer than the model takes, when it is tokenized here.
         """
         batched = bool(conversation) and isinstance(conversation[0], list)
         conversations = conversation if batched else [conversation]
+        if not conversation or not all(conversations):
+            raise ValueError(
+                'There is no message; give at least one, for example {"role": "user", "content": "hello"}.'
+            )
         escaped = [[self._escape_message(message) for message in messages] for messages in conversations]
         encoded = super().apply_chat_template(escaped if batched else escaped[0], chat_template, **kwargs)
         if isinstance(encoded, BatchFeature):
@@ -332,6 +338,7 @@ class UniMMProcessor(ProcessorMixin):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _escape_message(self, message: Message) -> Message:
+        _check_message(message)
         content = message["content"]
         if isinstance(content, str):
             return {**message, "content": self.escape(content)}
@@ -342,3 +349,19 @@ class UniMMProcessor(ProcessorMixin):
         limit = self.tokenizer.model_max_length
         if length > limit:
             raise ValueError(f"The prompt is {length} tokens long; this model takes {limit}. Shorten the text.")
+
+
+def _check_message(message: Any) -> None:
+    """Raise `ValueError` where a message is not what chat templates read; they leave out what they do not know."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"A message is {message!r}; it must have a role and content.")
+    content = message["content"]
+    if isinstance(content, str):
+        return
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        known = isinstance(part, Mapping) and part.get("type") in PARTS
+        if not known or (part["type"] == "text" and not isinstance(part.get("text"), str)):
+            raise ValueError(
+                f"The content of a message has {part!r}; it must be a text, or a list of parts of type "
+                f"{', '.join(PARTS)}."
+            )
