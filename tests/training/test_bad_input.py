@@ -50,6 +50,16 @@ def test_what_is_saved_is_finite(tmp_path):
     assert not list((tmp_path / "codec" / "checkpoints").glob("step-*"))
 
 
+def test_a_broken_checkpoint_is_named(tmp_path):
+    path = codec_recipe(tmp_path, "codec")
+    folder = train(path).root
+    (folder / "finished.json").unlink()
+    weights = sorted(folder.glob("checkpoints/step-*/model.safetensors"))[-1]
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{weights.parent.name} cannot be loaded .*; delete it"):
+        train(path)
+
+
 def test_an_adapter_of_nothing_is_refused(tmp_path, codec):
     codec.save_pretrained(tmp_path / "codec")
     recipe = {
@@ -160,11 +170,13 @@ def test_a_beginning_of_another_kind_is_refused(tmp_path, codec, tiny_folder, st
         ("sft", "logging.save_every=0"),
         ("codec", "data.batch_size=0"),
         ("detokenizer", "data.pool_size=0"),
+        ("sft", "tasks={draw: 0, read: 0, show: 0}"),
+        ("sft", "tasks={draw: -1, read: 2, show: 0}"),
     ],
 )
 def test_nothing_to_do_is_refused(tmp_path, stage, change):
     recipe = Path(__file__).parents[2] / "recipes" / "tiny" / f"{stage}.yaml"
-    with pytest.raises(ValueError, match=r"1 or more|one step or more"):
+    with pytest.raises(ValueError, match=r"1 or more|one step or more|0 or more"):
         train(recipe, [f"run.directory={tmp_path}", change])
 
 

@@ -25,6 +25,9 @@ class TaskRates:
         draw, read, show: shares of the tasks.
         null_prompt: drawing requests whose text is dropped, so that guidance has something to lean on.
         copied: pictures to read that are copies from the codec, as the model's own drawings are.
+
+    Raises:
+        ValueError: shares below 0, or none above it.
     """
 
     draw: float = 0.55
@@ -32,6 +35,14 @@ class TaskRates:
     show: float = 0.05
     null_prompt: float = 0.1
     copied: float = 0.5
+
+    def __post_init__(self) -> None:
+        shares = (self.draw, self.read, self.show)
+        if min(shares) < 0 or sum(shares) <= 0:
+            raise ValueError(
+                f"tasks have draw {self.draw}, read {self.read} and show {self.show}; give shares of 0 or more, one of "
+                "them above."
+            )
 
 
 @dataclass(frozen=True)

@@ -419,8 +419,8 @@ def share_batch(batch_size: int, micro_batch: int | None, world_size: int) -> tu
         ValueError: a batch that does not divide.
     """
     share, rest = divmod(batch_size, world_size)
-    micro = micro_batch or share
-    if rest or not share or share % micro:
+    micro = share if micro_batch is None else micro_batch
+    if rest or not share or micro < 1 or share % micro:
         raise ValueError(
             f"batch_size is {batch_size} and micro_batch {micro_batch}; {world_size} processes share a batch, each in "
             "equal micro-batches. Choose a batch_size that is a multiple of processes times micro_batch."

@@ -108,7 +108,7 @@ def run_loop(task: VisualTask, config: LoopConfig, recipe: Any) -> RunDirectory:
     """Train `task.model` to the end, resuming from the last checkpoint where there is one, and save it under `model/`.
 
     Raises:
-        ValueError: a loss that is not finite, or a run directory of another recipe.
+        ValueError: a loss that is not finite, a run directory of another recipe, or a broken checkpoint.
     """
     set_seed(config.run.seed)
     directory = RunDirectory(config.run)
@@ -229,7 +229,13 @@ def _resume(accelerator: Accelerator, directory: RunDirectory) -> int:
         if accelerator.is_main_process:
             directory.rewind(0)
         return 0
-    accelerator.load_state(str(checkpoint))
+    try:
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:  # of whatever reads a file that is cut short
+        raise ValueError(
+            f"The checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {error}); delete it, to go on from "
+            "the one before."
+        ) from error
     step = int(checkpoint.name.removeprefix("step-"))
     if accelerator.is_main_process:
         directory.rewind(step)
