@@ -141,8 +141,11 @@ def test_an_embedding_of_glyphs_ends_as_it_began(trained_codec, tmp_path):
 
 
 def test_a_finished_run_is_left_alone(trained_codec, capsys):
-    train(trained_codec.root.parent / "whole.yaml")
-    assert "is finished" in capsys.readouterr().out
+    recipe = trained_codec.root.parent / "whole.yaml"
+    train(recipe)
+    assert "is finished; delete it" in capsys.readouterr().out
+    train(recipe, ["optimizer.lr=3e-4"])
+    assert "is finished, by another recipe" in capsys.readouterr().out
 
 
 def test_another_recipe_in_the_same_directory_is_refused(trained_codec):

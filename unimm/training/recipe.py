@@ -40,7 +40,8 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> RunDirector
     recipe = read_recipe(recipe_path, overrides)
     directory = RunDirectory(recipe.run)
     if directory.finished:
-        print(f"{directory.root} is finished; delete it to train again.")
+        another = "" if directory.is_of(recipe) else f", by another recipe ({directory.recipe_file})"
+        print(f"{directory.root} is finished{another}; delete it to train again, or choose another run.name.")
         return directory
     for key in BEGINNINGS:
         if name := getattr(recipe, key, None):

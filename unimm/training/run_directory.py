@@ -52,6 +52,7 @@ class RunDirectory:
 
     def __init__(self, run: RunConfig) -> None:
         self.root = Path(run.directory) / run.name
+        self.recipe_file = self.root / "recipe.yaml"
         self.metrics_file = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.samples = self.root / "samples"
@@ -65,17 +66,19 @@ class RunDirectory:
             ValueError: the directory holds a run of another recipe.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        written = yaml.safe_dump(to_dict(recipe), sort_keys=False)
-        recipe_file = self.root / "recipe.yaml"
-        if recipe_file.exists() and recipe_file.read_text() != written:
+        if not self.is_of(recipe):
             raise ValueError(
-                f"{self.root} holds a run of another recipe; resume it with that recipe ({recipe_file}), "
+                f"{self.root} holds a run of another recipe; resume it with that recipe ({self.recipe_file}), "
                 "choose another run.name, or delete the directory."
             )
-        with atomic_write(recipe_file) as path:
-            path.write_text(written)
+        with atomic_write(self.recipe_file) as path:
+            path.write_text(_written(recipe))
         with atomic_write(self.root / "environment.json") as path:
             path.write_text(json.dumps(environment(), indent=2) + "\n")
+
+    def is_of(self, recipe: Any) -> bool:
+        """Whether the directory holds a run of this recipe, or none."""
+        return not self.recipe_file.exists() or self.recipe_file.read_text() == _written(recipe)
 
     @property
     def finished(self) -> bool:
@@ -125,6 +128,10 @@ class RunDirectory:
             shutil.rmtree(stale, ignore_errors=True)
         for half in self.checkpoints.glob(".step-*"):
             shutil.rmtree(half, ignore_errors=True)
+
+
+def _written(recipe: Any) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
 
 
 def environment() -> dict[str, str]:
