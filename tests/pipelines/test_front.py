@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import unimm
 from unimm.cli.chat import half_blocks
-from unimm.cli.main import build_parser, main
+from unimm.cli.main import build_parser, main, own_words
 from unimm.cli.verbs import VERBS
 from unimm.detokenizer import CodesToImagePipeline, CodesToImageTransformer2DModel
 from unimm.hub import write_card, write_repository
@@ -271,6 +271,19 @@ def test_cli_errors_are_one_line(tmp_path, tiny_folder, capsys, request):
         assert error.startswith("unimm: ")
         assert error.count("\n") == 1
         assert "Traceback" not in error
+
+
+def test_an_error_of_a_worker_is_its_message():
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise ValueError("A row is too long; shorten it.")
+
+    with pytest.raises(ValueError, match="Traceback") as caught:
+        next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
+    assert own_words(caught.value) == "A row is too long; shorten it."
 
 
 def test_pictures_in_the_terminal():

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
             return 1
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = " ".join(own_words(error).split()) or type(error).__name__
         known = isinstance(error, USER_ERRORS)
         print(
             f"unimm: {line}" if known else f"unimm: {type(error).__name__}: {line} (--debug shows where)",
@@ -64,6 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2 if known else 1
     return 0
+
+
+def own_words(error: Exception) -> str:
+    """The message of an error, without the traceback that a worker process of torch has put before it."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
 
 
 if __name__ == "__main__":
