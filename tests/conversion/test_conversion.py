@@ -787,6 +787,12 @@ def test_a_restricted_licence_must_be_accepted(system, golden, tmp_path):
     convert(system, golden(system), tmp_path / "out", accept_licence=True)
 
 
+def test_a_detokenizer_beside_a_tokenizer_alone_is_refused(golden, tmp_path):
+    with pytest.raises(ValueError, match="a tokenizer alone"):
+        convert("titok_single_stage", golden("titok_single_stage"), tmp_path / "out", detokenizer=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_input_statistic_that_the_codec_does_not_hold_is_refused(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(stored("ta_tok"), source)

@@ -111,7 +111,7 @@ def convert(
 
     Raises:
         ValueError: unknown system, a restricted licence that was not accepted, a configuration or weights that do not
-            fit the system, a target that exists, or a disk without room.
+            fit the system, a detokenizer of a tokenizer alone, a target that exists, or a disk without room.
         FileNotFoundError: a file is missing.
     """
     upstream, source, target = find_upstream(system), Path(source), Path(target)
@@ -125,6 +125,8 @@ def convert(
     fields = upstream.read(source)
     config = UpstreamConfig(fields, source, None if detokenizer is None else Path(detokenizer))
     plan = _plan(upstream, config)
+    if detokenizer is not None and plan.model_class is VisualCodecModel:
+        raise ValueError(f"{system} is a tokenizer alone, which no detokenizer goes along with: leave it out.")
     stored = stored_tensors(source, plan.files)
     if plan.averages:
         stored = with_averages(stored, plan.averages)
