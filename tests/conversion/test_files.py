@@ -168,6 +168,25 @@ def test_weights_in_a_wrapper_that_the_system_does_not_have_are_refused(golden, 
         convert("llamagen_vq", publish("llamagen_vq", files, tmp_path / "source"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_models_are_those_of_the_model(wrapper, golden, tmp_path):
+    weights = weights_of("llamagen_vq", golden)
+    wrapped = {"vq.pt": {"model": {wrapper + key: tensor for key, tensor in weights.items()}}}
+    source = publish("llamagen_vq", wrapped, tmp_path / "source")
+    target = convert("llamagen_vq", source, tmp_path / "out").target
+    assert fingerprint(target) == fingerprint(convert("llamagen_vq", golden("llamagen_vq"), tmp_path / "same").target)
+    back = torch.load(restore("llamagen_vq", target, tmp_path / "back") / "vq.pt", weights_only=True)
+    assert back["model"].keys() == wrapped["vq.pt"]["model"].keys()
+
+
+def test_a_wrapper_around_some_of_the_weights_is_part_of_their_names(golden, tmp_path):
+    weights = weights_of("llamagen_vq", golden)
+    state = {key if key.startswith("quant") else f"module.{key}": tensor for key, tensor in weights.items()}
+    source = publish("llamagen_vq", {"vq.pt": {"model": state}}, tmp_path / "source")
+    with pytest.raises(ValueError, match=r"No rule takes 'module\.decoder"):
+        convert("llamagen_vq", source, tmp_path / "out")
+
+
 def test_what_only_foreign_code_can_read_is_named_with_the_way_out(golden, tmp_path, monkeypatch):
     module = ModuleType("foreign_dictionaries")
     module.Settings = type("Settings", (dict,), {"__module__": module.__name__})

@@ -147,7 +147,7 @@ class UpstreamConfig:
     """Upstream's `config.json`: constructor arguments, and sizes that its code holds as literals.
 
     The arguments are the whole file, or what stands under `args` in it; `patched_literals` then names the literals that
-    were changed.
+    were changed. A number without a fraction is whole, however it is spelled.
 
     Args:
         fields: what the file holds.
@@ -156,9 +156,10 @@ class UpstreamConfig:
     """
 
     def __init__(self, fields: Mapping[str, Any], folder: Path = Path(), detokenizer: Path | None = None) -> None:
-        self.fields, self.folder, self.detokenizer = fields, folder, detokenizer
-        self.args: Mapping[str, Any] = fields.get("args", fields)
-        patched = fields.get("patched_literals", {})
+        self.fields: Mapping[str, Any] = _whole_numbers(fields)
+        self.folder, self.detokenizer = folder, detokenizer
+        self.args: Mapping[str, Any] = self.fields.get("args", self.fields)
+        patched = self.fields.get("patched_literals", {})
         self._literals: Mapping[str, Any] = patched if isinstance(patched, Mapping) else {}
         self._read: set[str] = set()
 
@@ -166,7 +167,7 @@ class UpstreamConfig:
         """The argument at a dotted path.
 
         Raises:
-            ValueError: it is not there and has no default.
+            ValueError: it is not there, or null, and has no default.
         """
         self._read.add(path)
         return _at(self.args, path, default)
@@ -192,14 +193,29 @@ class UpstreamConfig:
         return _at(self.fields, path, default)
 
     def literal(self, name: str, upstream: Any) -> Any:
-        """A size that upstream's code holds as `upstream`."""
-        value = self._literals.get(name, upstream)
-        return value["here"] if isinstance(value, Mapping) and "here" in value else value
+        """A size, or a group of sizes, that upstream's code holds as `upstream`."""
+        return _here(self._literals.get(name, upstream))
 
 
 def separate_or_one(folder: Path, *separate: WeightFile) -> tuple[WeightFile, ...]:
     """Upstream's separate files, where the first of them is in the folder, and one file of all weights where not."""
     return separate if (folder / separate[0].path).is_file() else (WeightFile(),)
+
+
+def _whole_numbers(node: Any) -> Any:
+    """The same, with `int` for every number that has no fraction: JSON has one kind of number, and sizes are counts."""
+    if isinstance(node, Mapping):
+        return {name: _whole_numbers(value) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_whole_numbers(value) for value in node]
+    return int(node) if isinstance(node, float) and node.is_integer() else node
+
+
+def _here(value: Any) -> Any:
+    """What a literal is, of `{"upstream": what it was, "here": what it is}`, also of each member of a group."""
+    if not isinstance(value, Mapping):
+        return value
+    return value["here"] if "here" in value else {name: _here(member) for name, member in value.items()}
 
 
 def _leaves(node: Mapping[str, Any], way: str = "") -> list[str]:
@@ -216,6 +232,8 @@ def _at(node: Any, path: str, default: Any) -> Any:
                 raise ValueError(f"config.json has no {path!r}, which this system's configuration needs.")
             return default
         node = node[name]
+    if node is None and default is REQUIRED:
+        raise ValueError(f"{path!r} is null in config.json; this system's configuration needs a value.")
     return node
 
 

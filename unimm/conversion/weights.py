@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from unimm.conversion.upstream import WeightFile
 
+# What PyTorch puts before every name of a model that is wrapped for training, which is no part of the names.
+WRAPPERS = ("module.", "_orig_mod.")
 NAMES = ("weights", "model", "diffusion_pytorch_model", "pytorch_model")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {
@@ -67,7 +69,7 @@ class StoredTensor:
 
 
 def stored_tensors(source: Path, files: tuple[WeightFile, ...]) -> dict[str, StoredTensor]:
-    """Every tensor of the files of an upstream, by upstream's key.
+    """Every tensor of the files of an upstream, by upstream's key without the wrappers of training.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -78,12 +80,22 @@ def stored_tensors(source: Path, files: tuple[WeightFile, ...]) -> dict[str, Sto
     named = {source / wanted.path for wanted in files}
     for wanted in files:
         for file in _weight_files(source / wanted.path, wanted.optional, others=named):
-            for tensor in _listed(file, wanted.inside):
-                key = wanted.prefix + tensor.name
+            listed = _listed(file, wanted.inside)
+            wrapper = _wrapper([tensor.name for tensor in listed])
+            for tensor in listed:
+                key = wanted.prefix + tensor.name.removeprefix(wrapper)
                 if key in found:
                     raise ValueError(f"{key!r} is in {found[key].file.name} and in {file.name}; remove one of them.")
                 found[key] = tensor
     return found
+
+
+def _wrapper(names: list[str]) -> str:
+    """What all names begin with that is none of theirs; empty where there is no such thing."""
+    wrapper = ""
+    while found := [begin for begin in WRAPPERS if names and all(name.startswith(wrapper + begin) for name in names)]:
+        wrapper += found[0]
+    return wrapper
 
 
 def with_averages(stored: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from unimm.codec import VisualCodecConfig
@@ -13,21 +12,22 @@ from unimm.conversion.maps.unitok import projection_renames
 from unimm.conversion.upstream import Plan, Rename, Upstream, UpstreamConfig, under
 
 TOWER = r"siglip_model\.vision_model"
+DRAWING = ("ch", "ch_mult", "resolution", "num_res_blocks", "attn_resolutions", "decoder_in_channels")
 MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
-def chain(options: Mapping[str, Any]) -> dict[str, Any]:
+def chain(upstream: UpstreamConfig, name: str) -> dict[str, Any]:
     """One chain of residuals.
 
     Raises:
         ValueError: a table for every depth.
     """
-    if not options.get("shared_codebook", True):
-        raise ValueError("shared_codebook is false; this converter knows chains with one table only.")
+    if not upstream.get(f"{name}.shared_codebook", True):
+        raise ValueError(f"{name}.shared_codebook is false; this converter knows chains with one table only.")
     return {
-        "size": options["n_embed"],
-        "dim": options["embed_dim"],
-        "depth": options["code_shape"][-1],
+        "size": upstream.get(f"{name}.n_embed"),
+        "dim": upstream.get(f"{name}.embed_dim"),
+        "depth": upstream.get(f"{name}.code_shape")[-1],
         "shared": True,
         "normalize": False,
         "project": False,
@@ -48,8 +48,8 @@ def plan(upstream: UpstreamConfig) -> Plan:
             f"known towers: {', '.join(TOWERS)}."
         )
     width, size, patch = tower["hidden_size"], tower["image_size"], tower["patch_size"]
-    pixels, meaning = chain(upstream.get("vq_pix")), chain(upstream.get("vq_sem"))
-    drawing = upstream.get("ddconfig")
+    pixels, meaning = chain(upstream, "vq_pix"), chain(upstream, "vq_sem")
+    drawing = {name: upstream.get(f"ddconfig.{name}") for name in DRAWING}
     levels = channels(drawing["ch"], drawing["ch_mult"])
     resolutions = [drawing["resolution"] // 2**level for level in range(len(levels))]
     rows, columns = upstream.get("decoder_latent_shape")

@@ -98,12 +98,11 @@ def tower_renames(target: str) -> tuple[Rename, ...]:
 def reader_options(upstream: UpstreamConfig, tower: Mapping[str, Any], dim: int) -> dict[str, Any]:
     """The decoder of features over `dim` channels."""
     reader = {**READER, **upstream.literal("decoder_vqkd", {})}
-    sizes = {name: value["here"] if isinstance(value, Mapping) else value for name, value in reader.items()}
     return {
         "dim": dim,
         "width": tower["hidden_size"],
-        "depth": sizes["depth"],
-        "num_heads": sizes["num_heads"],
+        "depth": reader["depth"],
+        "num_heads": reader["num_heads"],
         "mlp_width": 4 * tower["hidden_size"],
         "eps": READER_EPS,
         "table_side": tower["image_size"] // tower["patch_size"],

@@ -99,6 +99,7 @@ def _plan(upstream: UpstreamConfig, factors: Factors) -> Plan:
             "kind": "product",
             "sizes": [upstream.get("codebook_size", 16384)] * count,
             "dim": rows,
+            "normalize": upstream.get("codebook_l2_norm", True),
             "project": False,
         },
         decoder={

@@ -77,7 +77,7 @@ def plan(upstream: UpstreamConfig) -> Plan:
             "pixel_width": pixel_width,
             "pixel_depth": upstream.get("pixel_decoder.decoder_depth"),
             "pixel_heads": pixel_width // HEAD_WIDTH,
-            "factor": patch // finest,
+            "factor": upstream.get("semantic_decoder.patch_size", patch) // finest,
             "patch": finest,
         },
     )

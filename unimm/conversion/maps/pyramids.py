@@ -32,6 +32,11 @@ def level(source: str, target: str, *, block: str = "block", attention: str = "a
     return (*blocks, *attentions)
 
 
+def whole_cells(resolution: int, factor: int) -> int:
+    """The side in pixels of a picture of at most `resolution` that cells of `factor` pixels tile, one at the least."""
+    return max(resolution // factor, 1) * factor
+
+
 def any_size(image_size: int, factor: int) -> dict[str, Any]:
     """The length policy of a fully convolutional codec that was made for square pictures of `image_size`."""
     side = LARGEST * image_size // factor

@@ -20,6 +20,7 @@ SIZES = {
     "large": {"width": 1024, "layers": 24, "heads": 16},
 }
 PIXEL_VQGAN = {"channel_mult": (1, 1, 2, 2, 4), "hidden_channels": 128, "num_res_blocks": 2, "z_channels": 256}
+PERIOD = 10000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What upstream can also be built as, and the published model is not.
 FIXED = {
@@ -133,8 +134,11 @@ def plan(upstream: UpstreamConfig) -> Plan:
     encoder, decoder = _size(upstream, "enc"), _size(upstream, "dec")
     side = upstream.get("dataset.preprocessing.crop_size", 256)
     tokens, dim = upstream.get("model.vq_model.num_latent_tokens"), upstream.get("model.vq_model.token_size")
-    stages, period = upstream.get("model.vq_model.hierarchy_stages", 4), upstream.get("model.vq_model.rope_base_len")
-    merges = [int(stage / stages * encoder["layers"]) - 1 for stage in range(1, stages)]
+    stages = upstream.get("model.vq_model.hierarchy_stages", 4)
+    period = upstream.get("model.vq_model.rope_base_len", PERIOD)
+    # Upstream has a level of cells for every stage, also where there are fewer blocks to merge in.
+    wanted = [int(stage / stages * encoder["layers"]) - 1 for stage in range(1, stages)]
+    merges = sorted({block for block in wanted if block >= 0})
     vqgan = {**PIXEL_VQGAN, **upstream.literal("pixel_vqgan", {})}
     pyramid: dict[str, Any] = {
         "channels": channels(vqgan["hidden_channels"], vqgan["channel_mult"]),
@@ -197,7 +201,8 @@ def plan(upstream: UpstreamConfig) -> Plan:
         *decoder_renames(num_grids, num_levels),
         *CODEBOOK,
     )
-    return Plan(config, renames, WITHOUT_EFFECT)
+    unused = (rf"encoder\.level_embedding\.{level}" for level in range(len(merges) + 1, len(wanted) + 1))
+    return Plan(config, renames, (*WITHOUT_EFFECT, *unused))
 
 
 TOKENIZER = Upstream(

@@ -12,6 +12,7 @@ from unimm.conversion.maps.pyramids import (
     any_size,
     channels,
     level,
+    whole_cells,
 )
 from unimm.conversion.upstream import (
     LEAVES,
@@ -64,18 +65,23 @@ def plan_ibq(upstream: UpstreamConfig) -> Plan:
     width, blocks = upstream.get("ddconfig.ch"), upstream.get("ddconfig.num_res_blocks")
     widths = channels(width, upstream.get("ddconfig.ch_mult"))
     resolution, rows = upstream.get("ddconfig.resolution"), upstream.get("embed_dim")
-    # By the nominal size of each level, whatever the size of the picture.
+    factor = 2 ** (len(widths) - 1)
+    pixels = whole_cells(resolution, factor)
+    # By the nominal size of each level, whatever the size of the picture; upstream halves it on the way down and
+    # doubles it on the way up.
     attention_at = upstream.get("ddconfig.attn_resolutions", ())
-    attention_levels = [index for index in range(len(widths)) if resolution // 2**index in attention_at]
+    read, drawn = (
+        [index for index in range(len(widths)) if nominal // 2**index in attention_at]
+        for nominal in (resolution, pixels)
+    )
     pyramid = {
         "kind": "pyramid",
         "channels": widths,
-        "attention_levels": attention_levels,
         "code_channels": upstream.get("ddconfig.z_channels"),
     }
     config = VisualCodecConfig(
-        image_size=resolution,
-        encoder={**pyramid, "blocks": blocks, "stem_channels": width},
+        image_size=pixels,
+        encoder={**pyramid, "blocks": blocks, "stem_channels": width, "attention_levels": read},
         resampler={"kind": "grid", "dim": rows, "norm": False},
         quantizer={
             "kind": "vq",
@@ -85,8 +91,8 @@ def plan_ibq(upstream: UpstreamConfig) -> Plan:
             "normalize": False,
             "project": False,
         },
-        length=any_size(resolution, 2 ** (len(widths) - 1)),
-        decoder={**pyramid, "blocks": blocks + 1},
+        length=any_size(pixels, factor),
+        decoder={**pyramid, "blocks": blocks + 1, "attention_levels": drawn},
     )
     middle = {"block_1": ("0", BLOCK), "attn_1": ("1", ATTENTION), "block_2": ("2", BLOCK)}
     renames = [*GRID_PROJECTIONS, *CODEBOOK, *level_renames(len(widths))]
@@ -110,7 +116,8 @@ def plan_open_magvit2(upstream: UpstreamConfig) -> Plan:
     _check(upstream)
     width, blocks = upstream.get("ddconfig.ch"), upstream.get("ddconfig.num_res_blocks")
     widths = channels(width, upstream.get("ddconfig.ch_mult"))
-    resolution = upstream.get("ddconfig.resolution")
+    factor = 2 ** (len(widths) - 1)
+    pixels = whole_cells(upstream.get("ddconfig.resolution"), factor)
     bits, size = upstream.get("ddconfig.z_channels"), upstream.get("n_embed")
     if size != 2**bits:
         raise ValueError(f"n_embed is {size} and z_channels {bits}; one bit per channel makes {2**bits} codes.")
@@ -124,11 +131,11 @@ def plan_open_magvit2(upstream: UpstreamConfig) -> Plan:
         "code_channels": bits,
     }
     config = VisualCodecConfig(
-        image_size=resolution,
+        image_size=pixels,
         encoder={**pyramid, "stem_channels": width, "centred": True, "out_kernel": 1},
         resampler={"kind": "grid", "dim": bits, "norm": False, "project": False},
         quantizer={"kind": "sign", "lowest_first": True},
-        length=any_size(resolution, 2 ** (len(widths) - 1)),
+        length=any_size(pixels, factor),
         decoder={**pyramid, "upsampling": "shuffle", "adaptive": True},
     )
     renames = [*level_renames(len(widths))]

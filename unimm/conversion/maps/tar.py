@@ -96,12 +96,12 @@ def plan(upstream: UpstreamConfig) -> Plan:
     Raises:
         ValueError: a tower that nothing describes, or a bottleneck other than SimVQ.
     """
-    tower, bottleneck = _tower(upstream), upstream.get("bottleneck.args")
-    regularizer = bottleneck["regularizer"]
-    if regularizer["name"] != "simvq" or bottleneck.get("norm", "none") != "none":
-        raise ValueError(f"The bottleneck is {regularizer['name']!r}; this codec exists for 'simvq' without norm only.")
+    tower, bottleneck, regularizer = _tower(upstream), "bottleneck.args", "bottleneck.args.regularizer"
+    kind, norm = upstream.get(f"{regularizer}.name"), upstream.get(f"{bottleneck}.norm", "none")
+    if kind != "simvq" or norm != "none":
+        raise ValueError(f"The bottleneck is {kind!r} with norm {norm!r}; only 'simvq' with norm 'none' is converted.")
     size, patch, width = upstream.get("input_size", 384), tower["patch_size"], tower["hidden_size"]
-    side, dim = size // patch, bottleneck["bottleneck_dim"]
+    side, dim = size // patch, upstream.get(f"{bottleneck}.bottleneck_dim")
     layer = upstream.get("select_layer_id", -2)
     layers = tower["num_hidden_layers"] + 1 + layer if layer < 0 else layer
     decoder = {**DECODER, **upstream.literal("decoder_config_overrides", {})}
@@ -128,9 +128,9 @@ def plan(upstream: UpstreamConfig) -> Plan:
         resampler={"kind": "grid", "dim": dim, "norm": False, "tanh_width": width},
         quantizer={
             "kind": "vq",
-            "size": regularizer["args"]["codebook_size"],
+            "size": upstream.get(f"{regularizer}.args.codebook_size"),
             "dim": dim,
-            "normalize": regularizer["args"].get("l2_normalized", False),
+            "normalize": upstream.get(f"{regularizer}.args.l2_normalized", False),
             "project": False,
             "map_rows": True,
         },

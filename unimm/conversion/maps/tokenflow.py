@@ -26,8 +26,10 @@ def plan(upstream: UpstreamConfig) -> Plan:
     """The plan of `TokenFlow` over a SigLIP tower.
 
     Raises:
-        ValueError: a tower that nothing describes, or another factor between pixels and cells than the pyramid has.
+        ValueError: a tower that nothing describes, rows that are not normalised, or another factor between pixels and
+            cells than the pyramid has.
     """
+    upstream.require({"codebook_l2_norm": True})
     tower = tower_config(upstream)
     meaning, pixels = upstream.get("semantic_code_dim", 32), upstream.get("codebook_embed_dim", 8)
     width, sides = upstream.literal("conv_ch", 128), list(upstream.literal("scale_rq_layers", SIDES))

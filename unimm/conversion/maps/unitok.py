@@ -75,9 +75,15 @@ def _plan(upstream: UpstreamConfig, *, causal: bool) -> Plan:
         raise ValueError("This converter knows quant_proj 'attn' and num_query 0 only.")
     tower, size = _tower(upstream), upstream.get("img_size", 256)
     fine, coarse, width = tower["stage_dims"]
-    dim, parts = upstream.get("vocab_width"), upstream.get("num_codebooks")
-    if dim % parts or upstream.get("vocab_size") % parts:
+    dim, parts, size_of_all = (upstream.get(name) for name in ("vocab_width", "num_codebooks", "vocab_size"))
+    if dim % parts or size_of_all % parts:
         raise ValueError(f"num_codebooks is {parts}; it must divide vocab_width {dim} and the vocab_size.")
+    codebook = {"dim": dim // parts, "project": False}
+    sizes = (
+        {"kind": "product", "sizes": [size_of_all // parts] * parts}
+        if parts > 1
+        else {"kind": "vq", "size": size_of_all}
+    )
     transformer = {"width": width, "depth": tower["vit_depth"], "num_heads": tower["vit_heads"]}
     decoder_width, decoder_coarse, decoder_fine = upstream.field("decoder_channels", (width, coarse, fine))
     if decoder_width != width:
@@ -86,12 +92,7 @@ def _plan(upstream: UpstreamConfig, *, causal: bool) -> Plan:
         image_size=size,
         encoder={"kind": "vitamin", "stages": [fine, coarse], "blocks": tower["stage_depths"][:2], **transformer},
         resampler={"kind": "attention", "dim": dim, "num_heads": width // dim, "causal": causal},
-        quantizer={
-            "kind": "product",
-            "sizes": [upstream.get("vocab_size") // parts] * parts,
-            "dim": dim // parts,
-            "project": False,
-        },
+        quantizer=codebook | sizes,
         decoder={
             "kind": "vitamin",
             "stages": [decoder_fine, decoder_coarse],
@@ -99,6 +100,7 @@ def _plan(upstream: UpstreamConfig, *, causal: bool) -> Plan:
             **transformer,
         },
     )
+    table = r"quantizer\.codebooks\.(?P<part>\d+)"
     convolutions = r"encoder\.patch_embed\.backbone"
     renames = (
         *under(rf"{convolutions}\.stem", "encoder.stem", {"conv1": "0", "norm1": "1", "conv2": "3"}),
@@ -112,7 +114,9 @@ def _plan(upstream: UpstreamConfig, *, causal: bool) -> Plan:
         Rename(rf"(?P<side>encoder|decoder)\.norm\.{LEAVES}", r"\g<side>.norm.\g<leaf>"),
         *projection_renames("quant_proj", "resampler.to_positions"),
         *projection_renames("post_quant_proj", "resampler.to_grid"),
-        Rename(r"quantizer\.codebooks\.(?P<part>\d+)\.codebook\.weight", r"quantizer.parts.\g<part>.codebook"),
+        Rename(
+            rf"{table}\.codebook\.weight", r"quantizer.parts.\g<part>.codebook" if parts > 1 else "quantizer.codebook"
+        ),
         *under(r"decoder\.up_conv1", "decoder.from_cells", {"conv": "conv"}),
         *under(r"decoder\.up_conv2\.(?P<block>\d+)", r"decoder.stages.0.\g<block>", BOTTLENECK),
         *under(r"decoder\.up_conv3\.(?P<block>\d+)", r"decoder.stages.1.\g<block>", BOTTLENECK),

@@ -22,6 +22,9 @@ TOWERS = {
 }
 TABLE_PIXELS = 2048  # side of the picture whose grid the position table has
 TRAINING_SIDE = 384
+# The defaults of upstream's projector, and the groups of its norms, which no argument reaches.
+RELEASED = {"z_channels": 1536, "codebook_size": 16384, "codebook_dim": 2048, "conv_layers": 2}
+GROUPS = 32
 MAX_SIDE = 256  # rows or columns of cells, at the least: twice those of the released table
 RELEASED_SHAPES = {
     "short_size": 384,
@@ -55,7 +58,7 @@ def plan(upstream: UpstreamConfig, *, shapes: Mapping[str, Any] | None = None) -
         shapes: how pictures are resized; as released, where they fit, if None.
 
     Raises:
-        ValueError: a tower that neither the configuration nor this map describes.
+        ValueError: a tower that neither the configuration nor this map describes, or a projector that does not fit it.
     """
     name = upstream.get("siglip_name")
     tower = upstream.field("siglip_model_config", TOWERS.get(name))
@@ -63,12 +66,15 @@ def plan(upstream: UpstreamConfig, *, shapes: Mapping[str, Any] | None = None) -
         raise ValueError(
             f"siglip_name is {name!r} and config.json has no siglip_model_config; known towers: {', '.join(TOWERS)}."
         )
-    patch, width, dim = tower["patch_size"], tower["width"], upstream.get("codebook_dim")
+    projector = {name: upstream.get(name, upstream.field(f"defaults_used.{name}", RELEASED[name])) for name in RELEASED}
+    patch, width, dim = tower["patch_size"], tower["width"], projector["codebook_dim"]
     table_pixels = upstream.literal("img_size_of_position_table", TABLE_PIXELS)
     table_side = table_pixels // patch
     max_side = max(2 * table_side, MAX_SIDE)
-    if upstream.get("z_channels") != width:
-        raise ValueError(f"z_channels is {upstream.get('z_channels')} and the tower {width} wide; they must be equal.")
+    if projector["z_channels"] != width:
+        raise ValueError(f"z_channels is {projector['z_channels']} and the tower {width} wide; they must be equal.")
+    if (groups := upstream.field("defaults_used.num_groups", GROUPS)) != GROUPS:
+        raise ValueError(f"num_groups is {groups}; only projectors whose norms have {GROUPS} groups are converted.")
     config = VisualCodecConfig(
         image_size=min(TRAINING_SIDE, table_pixels) // patch * patch,
         encoder={
@@ -85,14 +91,14 @@ def plan(upstream: UpstreamConfig, *, shapes: Mapping[str, Any] | None = None) -
         resampler={"kind": "grid", "dim": dim, "norm": False},
         quantizer={
             "kind": "vq",
-            "size": upstream.get("codebook_size"),
+            "size": projector["codebook_size"],
             "dim": dim,
             "project": False,
             "raw_lookup": True,
         },
         # The table stretches to grids beyond its own.
         length={"kind": "resolution", "min_side": 1, "max_side": max_side, "max_positions": max_side**2},
-        decoder={"kind": "features", "width": width, "blocks": upstream.field("defaults_used.conv_layers", 2)},
+        decoder={"kind": "features", "width": width, "blocks": projector["conv_layers"]},
     )
     renames = (
         *under(r"vit\.patch_embed", "encoder.patches", {"proj": "conv"}),
