@@ -15,12 +15,12 @@ help:
 .venv/base: pyproject.toml
 	@python=$$($(FIND_PYTHON)) || { echo "Python 3.10, 3.11 or 3.12 is needed, and none was found." >&2; exit 1; }; \
 	echo "installing into .venv with $$($$python --version), about two minutes ..."; \
-	$$python -m venv .venv && $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) 2> >(grep -v WARNING >&2) && \
-	$(BIN)/pip install --quiet --disable-pip-version-check -e . 2> >(grep -v WARNING >&2)
+	$$python -m venv .venv && $(BIN)/pip install --quiet --no-compile --disable-pip-version-check $(TORCH) 2> >(grep -v WARNING >&2) && \
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -e . 2> >(grep -v WARNING >&2)
 	@touch $@
 
 .venv/dev: .venv/base
-	@echo "installing the test tools ..."; $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' 2> >(grep -v WARNING >&2)
+	@echo "installing the test tools ..."; $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]' 2> >(grep -v WARNING >&2)
 	@touch $@
 
 demo: .venv/base
