@@ -9,6 +9,7 @@ from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
@@ -20,6 +21,7 @@ from transformers import (
 
 import unimm
 from unimm.cli.main import main
+from unimm.nn.stored import NF4_BLOCK
 from unimm.pipelines import Picture
 from unimm.training.adapter import AdapterConfig, lora_config, merge_adapter
 from unimm.training.recipe import train
@@ -186,8 +188,8 @@ def check_stored(folder, *, size, options=None):
         assert [image.size for image in drawn.images] == [size]
         assert stored.understand(drawn.images, "what is it?")
         denoiser = getattr(stored.detokenizer.pipeline, "transformer", None) or stored.detokenizer.pipeline.unet
-        kinds = {type(module).__name__ for module in denoiser.modules()}
-        assert ("Int8Linear" in kinds) == (weights == "int8")  # no layer of these is as wide as a block of four bits
+        left = [module for module in denoiser.modules() if type(module) is nn.Linear]
+        assert all(weights == "nf4" and module.in_features % NF4_BLOCK for module in left)
 
 
 def check_lora(folder, codes, *, answers_only=True):
