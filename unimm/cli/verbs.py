@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 TRIALS = 200  # per category
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -186,6 +185,8 @@ def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
 def _tokenize(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from PIL import Image
+
     from unimm.cli.tokenize import codes_to_picture, picture_to_codes, source_to_rows
 
     if arguments.source.endswith(".json"):
@@ -195,7 +196,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         picture_to_codes(_load(arguments), arguments.source, arguments.output)
     else:
         _alone(arguments)
-        if Path(arguments.output).is_file() or Path(arguments.output).suffix.lower() in PICTURES:
+        if Path(arguments.output).is_file() or Path(arguments.output).suffix.lower() in Image.registered_extensions():
             raise ValueError(
                 f"The output is {arguments.output!r}; name a new folder for rows, or a .json file for the codes of "
                 "one picture."
