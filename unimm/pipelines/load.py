@@ -47,7 +47,6 @@ def load(
     check_format(weights)
     check_device(device)
     name = str(SHIPPED if path is None else path)
-    check_model_name(name)
     check_kind(name, UniMMConfig)
     quantized = {}
     if weights == "nf4":
@@ -69,7 +68,8 @@ def load(
 
 
 def check_kind(name: str, kind: type[PretrainedConfig]) -> None:
-    """Raise `ValueError` where a folder or a Hub name has another kind of model, as a codec alone for a unified one."""
+    """Raise `ValueError` where a name is of no model, or of another kind, as a codec alone for a unified one."""
+    check_model_name(name)
     found = PretrainedConfig.get_config_dict(name)[0].get("model_type")
     if found != kind.model_type:
         raise ValueError(

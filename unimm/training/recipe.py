@@ -8,7 +8,6 @@ from typing import Any
 
 from unimm.codec import VisualCodecConfig
 from unimm.config import from_dict, read_yaml, set_by_path
-from unimm.files import check_model_name
 from unimm.pipelines.load import check_kind
 from unimm.training.codec import CodecRecipe, train_codec
 from unimm.training.detokenizer import DetokenizerRecipe, train_detokenizer
@@ -52,13 +51,9 @@ def train(recipe_path: str | Path, overrides: Sequence[str] = ()) -> RunDirector
 def check_begun(key: str, name: str) -> None:
     """Raise `ValueError` where the model that a recipe begins with is not there, or is of another kind."""
     try:
-        check_model_name(name)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error} A recipe that trains it has to be run first.") from None
-    try:
         check_kind(name, BEGINNINGS[key])
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        raise ValueError(f"{key}: {error} A recipe that trains one has to be run first.") from None
 
 
 def read_recipe(recipe_path: str | Path, overrides: Sequence[str] = ()) -> Any:
