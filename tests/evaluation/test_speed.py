@@ -21,9 +21,9 @@ def test_the_ways_of_a_task_take_turns():
 
 
 def test_a_way_that_stops_early_tells_the_time_of_the_whole():
-    ticks = iter([0, 3, 3, 3 + 3 + 4 * 2])  # 3 seconds for the first code, 2 for every later one
-    way = Way("early", lambda: None, 5, begin=lambda: None, whole=11)
-    assert way.seconds(lambda: next(ticks)) == (3 + 10 * 2) / 11
+    ticks = iter([0, 7, 7, 7 + 7 + 3 * 2])  # 7 seconds until the second code is there, 2 for every later one
+    way = Way("early", lambda: None, 5, begin=lambda: None, whole=11, begun=2)
+    assert way.seconds(lambda: next(ticks)) == (7 + 9 * 2) / 11
 
 
 def test_every_task_is_measured(tiny, tmp_path):

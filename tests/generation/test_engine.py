@@ -311,9 +311,9 @@ def test_steps_of_any_width_equal_one_pass(family, kind):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shapes", [SIZED, NESTED], ids=["sized", "nested"])
 def test_recorded_steps_equal_the_stock_loop(shapes, device, window, calls, monkeypatch):
-    """Prompts of many lengths, as the cache of a recording has a fixed one."""
+    """Prompts of many lengths, as the cache of a recording has a fixed one, and weights that change between them."""
     model = build(shapes=shapes).to(device)
-    monkeypatch.setattr(type(model), "decoder", lambda self: RecordedDecoder(self))
+    monkeypatch.setattr(type(model), "decoder", lambda self: RecordedDecoder.of(self))
     for lengths in ((5, 3, 7, 5), (2,), (19, 4)):
         asked = {name: value.to(device) for name, value in prompts(lengths).items()}
         options = {"do_sample": False, "guidance_scale": SCALE, "max_new_tokens": 40}
@@ -322,7 +322,58 @@ def test_recorded_steps_equal_the_stock_loop(shapes, device, window, calls, monk
         options |= {"generation_mode": "image", "guidance_interval": (0.0, 0.5)}  # the unconditional rows are dropped
         stock = model.generate(**asked, **options, stock=True)
         assert model.generate(**asked, **options, jacobi_window=window).equal(stock)
+        for weight in model.parameters():
+            weight.data.mul_(1.1)
     assert len(calls) == 6
+
+
+def waiting(model):
+    """The decoder of a model that has read prompts and waits, as if it had recorded a step."""
+    decoder = RecordedDecoder(model)
+    decoder.prefill(**prompts(), capacity=1)
+    decoder.recordings[1] = None
+    decoder.wait(model)
+    return decoder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_next_batch_takes_the_places_of_the_last_and_the_weights_of_now(family):
+    model = build(family)
+    first = waiting(model)
+    places = [part.data_ptr() for part in first._state()]
+    for weight in model.parameters():
+        weight.data.mul_(1.1)
+    again = RecordedDecoder.of(model)
+    assert again is first
+    new, asked = torch.randint(TEXT_ROWS, TEXT_ROWS + 40, (3, 1)), prompts((2, 6, 4))
+    states, wanted = [], []
+    for decoder, found in ((again, states), (RecordedDecoder(model), wanted)):
+        found += [decoder.prefill(**asked, capacity=1), decoder.step(new)]
+        found += [decoder.logits(found[-1][:, 0], slice(3, 9))]
+    assert [part.data_ptr() for part in again._state()] == places
+    for state, other in zip(states, wanted, strict=True):
+        assert state.equal(other)
+
+
+def test_a_decoder_does_not_wait_where_it_would_not_fit():
+    model = build("qwen3")
+    first = waiting(model)
+    model.to(torch.float64).to(torch.float32)  # the weights lie elsewhere
+    assert RecordedDecoder.of(model) is not first
+    first = waiting(model)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert RecordedDecoder.of(model) is not first
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    first = waiting(model)
+    first.prefill(**prompts((2,)), capacity=1)  # fewer rows
+    assert not first.recordings
+    model.model.language_model.layers[0].self_attn.q_proj = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    first.recordings[1] = None
+    first.wait(model)
+    assert RecordedDecoder.of(model) is not first
 
 
 @pytest.mark.parametrize("sizes", [(40,), (30, 20)], ids=["one code", "two codes"])

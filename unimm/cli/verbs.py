@@ -335,18 +335,18 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     from unimm.evaluation.random_models import random_model
     from unimm.evaluation.scaling import LENGTHS
-    from unimm.evaluation.speed import TASKS, Bench, SpeedReport
+    from unimm.evaluation.speed import BEGUN, TASKS, Bench, SpeedReport
     from unimm.evaluation.timing import Machine
     from unimm.nn.stored import check_format
 
     known, tasks = (*TASKS, "scaling"), arguments.tasks
     unknown = [task for task in tasks if task not in known]
-    drawn = 2 if arguments.drawn is None else arguments.drawn
-    if unknown or min(arguments.batch, arguments.rounds, arguments.window) < 1 or drawn < 2:
+    drawn = BEGUN + 1 if arguments.drawn is None else arguments.drawn
+    if unknown or min(arguments.batch, arguments.rounds, arguments.window) < 1 or drawn <= BEGUN:
         raise ValueError(
             f"--tasks are {tasks}, --batch {arguments.batch}, --rounds {arguments.rounds}, --window {arguments.window} "
             f"and --drawn {arguments.drawn}; name some of {', '.join(known)}, a batch, rounds and a window of 1 or "
-            "more, and 2 codes or more."
+            f"more, and more than {BEGUN} codes."
         )
     if arguments.threads is not None and arguments.threads < 1:
         raise ValueError(f"--threads is {arguments.threads}; give 1 or more.")

@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from unimm.codec.encoders import EncoderOptions
 
-WANTED = ("patch_size", "hidden_size", "num_hidden_layers")
 # Reads pictures as rows of flattened patches, of any shape (SigLIP 2 in its NaFlex form, 2502.14786).
 FLATTENED = "siglip2_vision_model"
 # Reads films as rows of flattened patches in blocks, of any shape, and merges each block in the end (2409.12191).
@@ -45,16 +44,15 @@ class TowerEncoderConfig(EncoderOptions):
     def __post_init__(self) -> None:
         config = self.tower_config
         shown = {FLATTENED: "num_patches", MERGING: "spatial_merge_size"}.get(config.model_type, "image_size")
-        sizes = (shown, *WANTED)
+        sizes = (shown, "patch_size", "hidden_size", layers_name(config))
         if missing := [name for name in sizes if not isinstance(getattr(config, name, None), int)]:
             raise ValueError(
                 f"tower is of model_type {config.model_type!r}, which has no {', '.join(missing)}; take a vision "
                 "transformer over square patches."
             )
-        if not self.layers or not all(0 <= layer <= config.num_hidden_layers for layer in self.layers):
-            raise ValueError(
-                f"layers are {self.layers}; the tower has layers 1 to {config.num_hidden_layers}, and 0 is its output."
-            )
+        count = getattr(config, layers_name(config))
+        if not self.layers or not all(0 <= layer <= count for layer in self.layers):
+            raise ValueError(f"layers are {self.layers}; the tower has layers 1 to {count}, and 0 is its output.")
         if config.model_type == MERGING and len(self.layers) > 1 and 0 in self.layers:
             raise ValueError(f"layers are {self.layers}; 0 has larger cells than the others here, and is read alone.")
 
@@ -88,6 +86,11 @@ class TowerEncoderConfig(EncoderOptions):
         return (self.tower_config.embed_dim if inner else self.tower_config.hidden_size) * len(self.layers)
 
 
+def layers_name(config: PreTrainedConfig) -> str:
+    """The field that counts a tower's layers; that of Qwen2-VL has no other name for it before transformers 5.23."""
+    return "depth" if config.model_type == MERGING else "num_hidden_layers"
+
+
 def without_stages(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a configuration that do not follow from others."""
     return {name: value for name, value in fields.items() if name not in STAGES}
@@ -104,7 +107,7 @@ class TowerEncoder(nn.Module):
         self.config = config
         built = config.tower_config
         if all(config.layers):
-            built = type(built)(**without_stages(built.to_dict()) | {"num_hidden_layers": max(config.layers)})
+            built = type(built)(**without_stages(built.to_dict()) | {layers_name(built): max(config.layers)})
         self.tower = _unfilled(built)
         self._set_trained()
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TASKS = ("draw", "read", "train", "tokenize", "detokenize")
 PROMPT, ANSWER = 8, 16  # ids
 GUIDANCE, TOP_K = 3.0, 1_000
+BEGUN = 2  # codes: the first comes from the prompt, and a step is prepared for the second
 PICTURES = 4  # per batch of the codec and of a training step
 BYTES = {"bfloat16": 2, "int8": 1}
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -177,21 +178,21 @@ class Bench:
             self._way("stock, two passes", self._draw_by_stock_guidance),
             self._way("stock, batched guidance", functools.partial(self._draw, self.model, stock=True)),
             self._way(
-                "engine", functools.partial(self._draw, self.model), self._floor(self.batch, self.codes, size, size)
+                "engine", functools.partial(self._draw, self.model), self._floor(self.batch, self.picture, size, size)
             ),
         ]
         if self.window > 1:
             ahead = functools.partial(self._draw, self.model, window=self.window)
             ways.append(self._way(f"engine, window {self.window}", ahead))
         for name, model in self.compressed.items():
-            floor = self._floor(self.batch, self.codes, BYTES[name], BYTES["bfloat16"])
+            floor = self._floor(self.batch, self.picture, BYTES[name], BYTES["bfloat16"])
             ways.append(self._way(f"engine, {name}", functools.partial(self._draw, model), floor))
         return compare("draw", f"code of {self.batch}", ways, self.machine.clock, self.rounds)
 
     def _way(self, name: str, draw: Callable[[int], object], floor: float | None = None) -> Way:
         """A way to draw, per step of the batch."""
-        run, begin = functools.partial(draw, self.codes), functools.partial(draw, 1)
-        return Way(name, run, self.codes, floor, begin, self.picture)
+        run, begin = functools.partial(draw, self.codes), functools.partial(draw, BEGUN)
+        return Way(name, run, self.codes, floor, begin, self.picture, BEGUN)
 
     def read(self) -> list[Speed]:
         """A caption of a picture, greedily."""

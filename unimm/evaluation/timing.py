@@ -26,8 +26,10 @@ class Way:
         run: does it once.
         units: how many units one run does.
         floor: seconds per unit below which no way of this precision can be; None where nothing is said.
-        begin: does only the first unit, for a way that stops early: what it takes is spread over `whole` units.
+        begin: does only the first units, `begun` of them, for a way that stops early: what that takes beyond its units
+            is spread over `whole` units.
         whole: units of a run that would not stop.
+        begun: units by which everything that happens once has happened.
     """
 
     name: str
@@ -36,14 +38,15 @@ class Way:
     floor: float | None = None
     begin: Callable[[], object] | None = None
     whole: int = 0
+    begun: int = 1
 
     def seconds(self, clock: Callable[[], float]) -> float:
         """Of one unit."""
         if self.begin is None or self.units == self.whole:
             return _seconds(self.run, clock) / self.units
         first, taken = _seconds(self.begin, clock), _seconds(self.run, clock)
-        each = (taken - first) / (self.units - 1)
-        return (first + (self.whole - 1) * each) / self.whole
+        each = (taken - first) / (self.units - self.begun)
+        return (first + (self.whole - self.begun) * each) / self.whole
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,11 @@ class UniMMGenerationMixin(GenerationMixin):
     """For models whose config has `grammar`, `vocabulary` and `null_prompt_ids`."""
 
     def decoder(self) -> Decoder | None:
-        """A fresh decoder for the engine; None where the model can only take the stock loop."""
+        """A decoder for one batch of the engine; None where the model can only take the stock loop."""
         return None
+
+    def take_back(self, decoder: Decoder) -> None:
+        """Keep what a decoder has prepared for the next batch, where that is worth its memory."""
 
     def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Ids with the codes of the pictures in place of placeholders."""
@@ -216,6 +219,7 @@ class UniMMGenerationMixin(GenerationMixin):
             streamer=streamer,
             keep_scores=bool(config.return_dict_in_generate and config.output_scores),
         )
+        self.take_back(decoder)
         if not config.return_dict_in_generate:
             return drawn.sequences
         return GenerateDecoderOnlyOutput(sequences=drawn.sequences, scores=drawn.scores)

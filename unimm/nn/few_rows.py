@@ -1,43 +1,74 @@
 """A few rows times a large weight on a GPU, at the speed of reading the weight once.
 
-A step of one token multiplies one or two rows by every weight. Sums along the rows of a large weight, which this kernel
-takes, read it faster than the tiles of matrix units that libraries make. Weights may be int8, and become floats only in
-registers.
+A step of one token multiplies one row, or two under guidance, by every weight. Libraries choose tiles for many rows;
+those here are narrow in outputs and long in inputs, and are fetched several ahead. Weights may be int8, and become
+floats only in registers.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-MOST_ROWS = 4  # beyond, the sums of a tile fill the registers
-SMALLEST = 2**26  # bytes of a weight in floats; below, the libraries' products are as fast
+MOST_ROWS = 16  # which the matrix units take at once
+SMALLEST = 2**24  # bytes of a weight in floats; below, a product is too short for any of this
+LARGE = 2**26  # bytes
 HAS_TRITON = find_spec("triton") is not None
-TILES = {1: (8, 512, 4), 2: (4, 512, 4)}  # bytes of a number: outputs and inputs of a tile, and its warps
+
+
+class Tile(NamedTuple):
+    """Outputs and inputs of a tile, the warps that work on it, and the tiles that are fetched at once."""
+
+    tall: int
+    wide: int
+    warps: int
+    stages: int
 
 
 def takes_few_rows(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether rows `[R, I]` times a weight `[O, I]` are best done here."""
-    worthwhile = weight.itemsize == 1 or (weight.itemsize == 2 and weight.nbytes >= SMALLEST)
+    large = weight.dtype == rows.dtype and weight.nbytes >= SMALLEST
+    worthwhile = rows.itemsize == 2 and (weight.dtype == torch.int8 or large)
     return HAS_TRITON and weight.device.type == "cuda" and len(rows) <= MOST_ROWS and worthwhile
+
+
+def tile_of(weight: torch.Tensor) -> Tile:
+    """The tile that reads a weight `[O, I]` fastest on an H200, of eight that were tried with two rows.
+
+    Small weights have tall tiles: the multiprocessors that get none cost less than the beginnings of more of them.
+    """
+    outputs, inputs = weight.shape
+    if weight.itemsize == 1 or (weight.nbytes >= LARGE and outputs > inputs):
+        return Tile(32, 256, 4, 4)
+    return Tile(16, 512, 2, 4) if weight.nbytes >= LARGE else Tile(64, 256, 4, 4)
 
 
 @torch.library.custom_op("unimm::few_rows_product", mutates_args=())
 def few_rows_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`rows @ weight.T`, `[R, O]` in the dtype of the rows `[R, I]`; products and sums are float32.
+    """`rows @ weight.T`, `[R, O]` in the dtype of the rows `[R, I]`, of two bytes; sums are float32.
 
     Args:
-        weight: `[O, I]`, of one or two bytes a number.
+        weight: `[O, I]`, int8 or in the dtype of the rows.
     """
     rows, weight = rows.contiguous(), weight.contiguous()
     number, (outputs, inputs) = len(rows), weight.shape
     result = rows.new_empty(number, outputs)
-    tall, wide, warps = TILES[weight.itemsize]
-    _kernel()[(-(-outputs // tall),)](
-        rows, weight, result, number, outputs, inputs, 1 << (number - 1).bit_length(), tall, wide, num_warps=warps
+    tile = tile_of(weight)
+    _kernel()[(-(-outputs // tile.tall),)](
+        rows,
+        weight,
+        result,
+        number,
+        outputs,
+        inputs,
+        MOST_ROWS,
+        tile.tall,
+        tile.wide,
+        tile.stages,
+        num_warps=tile.warps,
     )
     return result
 
@@ -63,29 +94,29 @@ def _kernel() -> Any:
         ROWS: tl.constexpr,
         TALL: tl.constexpr,
         WIDE: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
         out = tl.program_id(0) * TALL + tl.arange(0, TALL)
         row = tl.arange(0, ROWS)
-        sums = tl.zeros((ROWS, TALL, WIDE), tl.float32)
-        for start in range(0, inputs, WIDE):
+        sums = tl.zeros((TALL, ROWS), tl.float32)
+        for start in tl.range(0, inputs, WIDE, num_stages=STAGES):
             place = start + tl.arange(0, WIDE)
             inside = place < inputs
             read = tl.load(
                 weight + out[:, None].to(tl.int64) * inputs + place[None, :],
                 mask=(out < outputs)[:, None] & inside[None, :],
                 other=0,
-                eviction_policy="evict_first",
-            ).to(tl.float32)
-            state = tl.load(
-                rows + row[:, None] * inputs + place[None, :],
-                mask=(row < number)[:, None] & inside[None, :],
+            )
+            states = tl.load(
+                rows + row[None, :] * inputs + place[:, None],
+                mask=(row < number)[None, :] & inside[:, None],
                 other=0,
-            ).to(tl.float32)
-            sums += read[None, :, :] * state[:, None, :]
+            )
+            sums = tl.dot(read.to(states.dtype), states, sums)
         tl.store(
-            result + row[:, None] * outputs + out[None, :],
-            tl.sum(sums, axis=2).to(result.dtype.element_ty),
-            mask=(row < number)[:, None] & (out < outputs)[None, :],
+            result + row[None, :] * outputs + out[:, None],
+            sums.to(result.dtype.element_ty),
+            mask=(row < number)[None, :] & (out < outputs)[:, None],
         )
 
     return kernel

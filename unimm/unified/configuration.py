@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from unimm.codec import VisualCodecConfig
-from unimm.sequence import Levels, SpanGrammar, VisualVocabulary, read_shapes
+from unimm.sequence import Levels, SpanGrammar, SpanShape, VisualVocabulary, read_shapes
 
 
 @strict
@@ -170,4 +171,9 @@ class UniMMConfig(PreTrainedConfig):
     @property
     def grammar(self) -> SpanGrammar:
         assert self.span_shapes is not None
-        return SpanGrammar(self.vocabulary, read_shapes(self.span_shapes, self.spelled_sizes))
+        return _grammar(self.vocabulary, read_shapes(self.span_shapes, self.spelled_sizes))
+
+
+@lru_cache(maxsize=16)
+def _grammar(vocabulary: VisualVocabulary, shapes: tuple[SpanShape, ...]) -> SpanGrammar:
+    return SpanGrammar(vocabulary, shapes)

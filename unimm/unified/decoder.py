@@ -79,7 +79,7 @@ def joined(linears: Sequence[nn.Module]) -> Projection:
     """What layers over the same rows do, side by side.
 
     Plain layers, or layers in int8, become neighbours in memory, the weight of each a part of the whole, so that one
-    product reads all of them and nothing is stored twice.
+    product reads all of them and nothing is stored twice; so do their biases and scales.
     """
     plain = [linear for linear in linears if type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor]
     stored = [linear for linear in linears if type(linear) is Int8Linear]
@@ -88,16 +88,16 @@ def joined(linears: Sequence[nn.Module]) -> Projection:
     if len(alike) < len(linears) or len(biases) not in (0, len(linears)):
         each = [projection(linear) for linear in linears]
         return lambda rows: torch.cat([project(rows) for project in each], dim=-1)
-    weight, bias = _neighbours([linear.weight for linear in alike]), torch.cat(biases) if biases else None
+    weight, bias = _neighbours([linear.weight for linear in alike]), _neighbours(biases) if biases else None
     if stored:
-        return Int8Linear(weight, torch.cat([linear.scale for linear in stored]), bias)
+        return Int8Linear(weight, _neighbours([linear.scale for linear in stored]), bias)
     return product(weight, bias)
 
 
 def _neighbours(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole `[O, I]` of weights `[O_i, I]`, which are moved into it where they do not lie so already."""
-    first, start, inputs = weights[0], weights[0].storage_offset(), weights[0].shape[1]
-    starts = [start + inputs * sum(len(weight) for weight in weights[:place]) for place in range(len(weights))]
+    """The whole `[O, I]` of weights `[O_i, I]`, or `[O]` of `[O_i]`, which are moved into it unless they lie so."""
+    first, start, row = weights[0], weights[0].storage_offset(), weights[0].shape[1:]
+    starts = [start + sum(weight.numel() for weight in weights[:place]) for place in range(len(weights))]
     whole = first.detach()
     if not all(
         weight.is_contiguous()
@@ -109,7 +109,7 @@ def _neighbours(weights: Sequence[torch.Tensor]) -> torch.Tensor:
         for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
             weight.data = part
         start = 0
-    return whole.as_strided((sum(len(weight) for weight in weights), inputs), (inputs, 1), start)
+    return whole.as_strided((sum(len(weight) for weight in weights), *row), whole.stride(), start)
 
 
 def rms_norm(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -124,12 +124,18 @@ class Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.is_vision = is_vision
         self.input_norm, self.inner_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.normed = attention if has_head_norms else None
         self.head_norm = _head_norm(attention) if has_head_norms else None
         self.queries_keys_values = joined((attention.q_proj, attention.k_proj, attention.v_proj))
         self.gate_up = joined((mlp.gate_proj, mlp.up_proj))
         self.out, self.down = projection(attention.o_proj), projection(mlp.down_proj)
         self.activation = mlp.act_fn
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
+
+    def refresh(self) -> None:
+        """Copy again what is not read where the modules keep it."""
+        if self.head_norm is not None:
+            self.head_norm[0].copy_(_head_norm(self.normed)[0])
 
 
 class CachedDecoder:

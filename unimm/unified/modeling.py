@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import ModelOutput
 from unimm.codec import VisualCodecModel
 from unimm.codes import VisualCodes
 from unimm.generation import UniMMGenerationMixin
+from unimm.generation.engine import Decoder
 from unimm.sequence import IGNORED_LABEL, ImageSpan, UniMMProcessor
 from unimm.unified.composition import config_for, processor_for
 from unimm.unified.configuration import UniMMConfig
@@ -392,11 +394,20 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
         return self.lm_head.weight
 
     def decoder(self) -> CachedDecoder | None:
-        """A fresh decoder for one batch; None for families of bodies that it does not cover, and weights in pieces."""
+        """A decoder for one batch; None for families of bodies that it does not cover, and weights in pieces."""
         devices = {weight.device for weight in self.model.language_model.parameters()}
         if len(devices) > 1 or isinstance(self, FSDPModule) or not is_covered(self.config.text_config):
             return None
-        return RecordedDecoder(self) if devices.pop().type == "cuda" else CachedDecoder(self)
+        return RecordedDecoder.of(self) if devices.pop().type == "cuda" else CachedDecoder(self)
+
+    def take_back(self, decoder: Decoder) -> None:
+        """See `UniMMGenerationMixin.take_back`."""
+        if isinstance(decoder, RecordedDecoder):
+            decoder.wait(self)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> UniMMForConditionalGeneration:
+        RecordedDecoder.forget(self)  # which would hold the weights where they were
+        return super()._apply(fn, recurse)
 
     def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Ids with the codes of the pictures in place of placeholders; see `UniMMModel.place_pictures`."""

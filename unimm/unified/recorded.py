@@ -1,6 +1,7 @@
 """Token by token on a GPU: a step is recorded once as a CUDA graph, and then replayed without the host.
 
 The cache keeps its size and a counter lies on the device, so that every replay writes and sees the places that follow.
+A decoder waits for the next batch of its model, which is drawn by the same recordings where it has as many rows.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from unimm.nn.few_rows import HAS_TRITON
+from unimm.nn.stored import Int8Linear
 from unimm.unified.decoder import CachedDecoder
 
 if TYPE_CHECKING:
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
 
 ALIGNED = 256  # positions that the cache is a multiple of, so that few sizes are compiled
 COMPILED = 2**30  # bytes of layers; a step that reads less is too short to repay the seconds that compiling takes
+KEPT = 2**29  # bytes of the largest cache that waits for another batch
+
+_waiting: WeakKeyDictionary[UniMMForConditionalGeneration, RecordedDecoder] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,15 +53,63 @@ class RecordedDecoder(CachedDecoder):
         weights = chain(self.body.layers.parameters(), self.body.layers.buffers())  # those of int8 are buffers
         large = sum(weight.nbytes for weight in weights if weight.device.type == "cuda") >= COMPILED
         self.is_compiled = large and HAS_TRITON
+        products = (module for name, module in self.body.layers.named_modules() if name.endswith("_proj"))
+        self.is_plain = all(type(module) in (nn.Linear, Int8Linear) for module in products)  # adapters are turned off
+        self.fits = self._circumstances()
+
+    @classmethod
+    def of(cls, model: UniMMForConditionalGeneration) -> RecordedDecoder:
+        """The decoder that waits for a batch of this model, if it still fits, or a fresh one."""
+        waiting = _waiting.pop(model, None)
+        if waiting is None or waiting.fits != waiting._circumstances():
+            return cls(model)
+        for layer in waiting.layers:
+            layer.refresh()
+        waiting.parts.clear()
+        return waiting
+
+    def wait(self, model: UniMMForConditionalGeneration) -> None:
+        """Await the next batch, unless nothing is recorded, the cache is large, or layers are more than weights."""
+        small = sum(places.nbytes for places in (*self.keys, *self.values)) <= KEPT
+        if self.recordings and self.is_plain and small:
+            _waiting[model] = self
+
+    @staticmethod
+    def forget(model: UniMMForConditionalGeneration) -> None:
+        """Let go of what waits for a batch of this model, and of the weights that it holds."""
+        _waiting.pop(model, None)
+
+    def _circumstances(self) -> list[object]:
+        """What recordings rest on: where weights lie, and how products are computed."""
+        weights = chain(self.body.parameters(), self.body.buffers())
+        return [
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
+            torch.get_float32_matmul_precision(),
+            *((weight.data_ptr(), weight.dtype) for weight in weights),
+        ]
 
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, capacity: int) -> torch.Tensor:
         """See `CachedDecoder.prefill`."""
         capacity += -capacity % ALIGNED
+        recorded = self._state() if self.recordings else []
         states = super().prefill(input_ids, attention_mask, capacity)
         self.filled = torch.tensor([self.length], device=input_ids.device)
         unseen = F.pad(attention_mask == 0, (0, self.keys[0].shape[2] - self.length))
         self.seen = ~unseen[:, None]  # [R, 1, T], but for the places that are not filled
+        if [old.shape for old in recorded] == [new.shape for new in self._state()]:
+            for old, new in zip(recorded, self._state(), strict=True):
+                old.copy_(new)
+            count = len(self.keys)
+            self.keys, self.values = recorded[:count], recorded[count : 2 * count]
+            self.filled, self.seen, self.starts = recorded[2 * count :]
+        else:
+            self.recordings.clear()
         return states
+
+    def _state(self) -> list[torch.Tensor]:
+        """The tensors that recordings read and write."""
+        return [*self.keys, *self.values, self.filled, self.seen, self.starts]
 
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See `CachedDecoder.step`; what it returns is overwritten by the next step of as many ids."""
@@ -107,9 +162,10 @@ class RecordedDecoder(CachedDecoder):
         return cache.index_copy_(2, places, new)
 
     def _mask(self, rows: int, places: torch.Tensor) -> torch.Tensor:
-        """Which places `[R, 1, groups W, T]` a step sees."""
+        """What is added to the scores `[R, 1, groups W, T]` of a step: nothing at the places that it sees."""
         reached = torch.arange(self.seen.shape[-1], device=places.device) <= places[:, None]  # [W, T]
-        return (self.seen & reached)[:, None].repeat(1, 1, self.groups, 1)
+        hidden = self.keys[0].new_zeros(()).masked_fill(~(self.seen & reached), -float("inf"))  # [R, W, T]
+        return hidden[:, None].repeat(1, 1, self.groups, 1)
 
     def _make_room(self, width: int) -> None:
         capacity = self.keys[0].shape[2]
