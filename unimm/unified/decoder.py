@@ -283,10 +283,22 @@ class CachedDecoder:
             grouped = query.reshape(rows, self.heads, self.groups, layer.head_dim)
         else:
             grouped = query.unflatten(2, (self.heads, self.groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=layer.scaling)
+        mixed = self._gather(layer, grouped, keys, values, mask, width)
         if width > 1:
             mixed = mixed.unflatten(2, (self.groups, width)).permute(0, 3, 1, 2, 4)
         return layer.out(mixed.reshape(rows * width, -1))
+
+    def _gather(
+        self,
+        layer: Layer,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        width: int,
+    ) -> torch.Tensor:
+        """What queries `[R, heads, groups W, head width]` find in keys and values."""
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=layer.scaling)
 
     def _remember(self, cache: torch.Tensor, new: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Write `[R, heads, W, width]` behind what the cache holds, and give what it holds then."""

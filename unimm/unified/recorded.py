@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from unimm.nn.few_queries import few_queries_attention, takes_few_queries
 from unimm.nn.few_rows import HAS_TRITON
 from unimm.nn.stored import Int8Linear
-from unimm.unified.decoder import CachedDecoder
+from unimm.unified.decoder import CachedDecoder, Layer
 
 if TYPE_CHECKING:
     from unimm.unified.modeling import UniMMForConditionalGeneration
@@ -161,8 +162,26 @@ class RecordedDecoder(CachedDecoder):
     def _remember(self, cache: torch.Tensor, new: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         return cache.index_copy_(2, places, new)
 
-    def _mask(self, rows: int, places: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores `[R, 1, groups W, T]` of a step: nothing at the places that it sees."""
+    def _gather(
+        self,
+        layer: Layer,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        width: int,
+    ) -> torch.Tensor:
+        if mask is None:
+            return few_queries_attention(query, keys, values, self.seen, self.filled, width, layer.scaling)
+        return super()._gather(layer, query, keys, values, mask, width)
+
+    def _mask(self, rows: int, places: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the scores `[R, 1, groups W, T]` of a step: nothing at the places that it sees.
+
+        None where the kernel for few queries asks by itself what is seen.
+        """
+        if takes_few_queries(self.groups * len(places), self.keys[0]):
+            return None
         reached = torch.arange(self.seen.shape[-1], device=places.device) <= places[:, None]  # [W, T]
         hidden = self.keys[0].new_zeros(()).masked_fill(~(self.seen & reached), -float("inf"))  # [R, W, T]
         return hidden[:, None].repeat(1, 1, self.groups, 1)
