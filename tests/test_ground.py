@@ -35,6 +35,17 @@ def test_codes_from_grid_keep_every_id(batch, rows, columns):
     assert codes.select(slice(0, 1)).lengths.tolist() == [rows * columns]
 
 
+def test_codes_are_equal_where_all_their_numbers_are():
+    def codes(first, **side_info):
+        return VisualCodes(torch.tensor([[[first], [1]]]), torch.ones(1, 2, dtype=torch.bool), None, side_info)
+
+    assert codes(0) == codes(0)
+    assert codes(0) != codes(2)
+    assert codes(0) != VisualCodes.from_grid(torch.tensor([[[[0], [1]]]]))  # has a grid
+    assert codes(0, level=torch.ones(1)) == codes(0, level=torch.ones(1))
+    assert codes(0, level=torch.ones(1)) not in (codes(0, level=torch.zeros(1)), codes(0), "codes")
+
+
 def test_codes_outside_the_codebook_are_refused():
     codes = VisualCodes.from_grid(torch.full((1, 2, 2, 1), 64))
     with pytest.raises(ValueError, match="ids 0 to 63"):

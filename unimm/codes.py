@@ -62,9 +62,9 @@ class CodeSpec:
         return self.max_length * sum(math.log2(size) for size in self.sizes)
 
 
-@dataclass
+@dataclass(eq=False)
 class VisualCodes:
-    """A batch of encoded images.
+    """A batch of encoded images; equal where all its numbers are, on whatever device.
 
     Args:
         ids: int64 `[B, N, K]`, each in `[0, spec.sizes[k])`, never offset.
@@ -97,6 +97,17 @@ class VisualCodes:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, VisualCodes):
+            return NotImplemented
+        pairs = [(self.ids, other.ids), (self.mask, other.mask)]
+        if self.grid != other.grid or self.side_info.keys() != other.side_info.keys():
+            return False
+        pairs += [(value, other.side_info[name]) for name, value in self.side_info.items()]
+        return all(one.cpu().equal(two.cpu()) for one, two in pairs)
+
+    __hash__ = None  # type: ignore[assignment]  # codes can change
 
     @property
     def lengths(self) -> torch.Tensor:

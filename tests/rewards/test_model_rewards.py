@@ -162,3 +162,8 @@ def test_a_model_judges_by_its_own_reading(worlds_folder):
 def test_a_reward_without_its_judge_is_refused(name):
     with pytest.raises(ValueError, match="without its judge; set"):
         choose_rewards({name: 1.0}, None, JudgesConfig(), "unused")
+
+
+def test_a_misspelt_reward_is_answered_with_all_there_are():
+    with pytest.raises(ValueError, match="rewards name scne; known are scene, .*alignment, .*self_vqascore"):
+        choose_rewards({"scne": 1.0, "word": 1.0}, None, JudgesConfig(), "unused")

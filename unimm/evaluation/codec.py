@@ -56,7 +56,7 @@ class Measure:
     Args:
         pictures: the set.
         name: what was measured.
-        value: the number.
+        value: the number; None where it could not be measured.
         trials: over how many pictures, words or codes.
         beside: what it should be read against: a floor, a ceiling.
         note: what `beside` is, or what else there is to say.
@@ -64,7 +64,7 @@ class Measure:
 
     pictures: str
     name: str
-    value: float
+    value: float | None
     trials: int
     beside: float | None = None
     note: str = ""
@@ -82,10 +82,9 @@ class CodecReport:
         """A table."""
         lines = ["| pictures | measure | value | beside | trials | |", "|---|---|---|---|---|---|"]
         for measure in self.measures:
-            beside = "" if measure.beside is None else f"{measure.beside:.4g}"
+            value, beside = ("" if number is None else f"{number:.4g}" for number in (measure.value, measure.beside))
             lines.append(
-                f"| {measure.pictures} | {measure.name} | {measure.value:.4g} | {beside} | {measure.trials} | "
-                f"{measure.note} |"
+                f"| {measure.pictures} | {measure.name} | {value} | {beside} | {measure.trials} | {measure.note} |"
             )
         return "\n".join([f"Copies by `{self.subject}`.", "", *lines])
 
@@ -263,7 +262,7 @@ def _set_distance(name: str, real: np.ndarray, copied: np.ndarray, extractor: Ex
         else:
             distance = frechet(extractor.name, real, copied)
     except TooFewPicturesError as error:
-        return Measure(name, label, float("nan"), number, note=f"not measured: {error}")
+        return Measure(name, label, None, number, note=f"not measured: {error}")
     notes = [note, distance.warning]
     return Measure(name, distance.name, distance.value, number, distance.floor, "; ".join(filter(None, notes)))
 

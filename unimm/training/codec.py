@@ -425,6 +425,6 @@ def train_codec(recipe: CodecRecipe) -> RunDirectory:
     torch.manual_seed(recipe.run.seed)
     config = VisualCodecConfig(**continued_fields(recipe.begin, recipe.model))
     check_objectives(recipe, config)
-    pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
     loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
+    pool = prepare_pool(recipe.data, config, RunDirectory(recipe.run), seed=recipe.run.seed, held_out=HELD_OUT)
     return run_loop(CodecTask(recipe, pool), loop, recipe)

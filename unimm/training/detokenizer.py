@@ -184,9 +184,9 @@ def train_detokenizer(recipe: DetokenizerRecipe) -> RunDirectory:
     """Train a detokenizer and save it as a diffusers pipeline under `model/` of the run directory."""
     torch.manual_seed(recipe.run.seed)
     directory = RunDirectory(recipe.run)
+    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
     codec = VisualCodecModel.from_pretrained(recipe.codec).eval()
     pool = prepare_pool(recipe.data, codec.config, directory, seed=recipe.run.seed, held_out=HELD_OUT)
     with PartialState(cpu=ON_CPU).local_main_process_first():
         codes = encode_pool(codec, pool.pictures, directory.root / "codes.npy")
-    loop = LoopConfig(recipe.run, recipe.optimizer, recipe.logging, recipe.bf16, recipe.ema_decay)
     return run_loop(DetokenizerTask(recipe, codec, pool, codes), loop, recipe)

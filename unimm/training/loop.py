@@ -67,6 +67,9 @@ class LoopConfig:
     Args:
         bf16: whether to compute in it; None where the processor decides.
         ema_decay: of the moving average of the weights; None for none.
+
+    Raises:
+        ValueError: a decay that is no share.
     """
 
     run: RunConfig
@@ -74,6 +77,10 @@ class LoopConfig:
     logging: LoggingConfig
     bf16: bool | None
     ema_decay: float | None
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay:g}; give 0 or more and less than 1, 0.999 for example.")
 
 
 class VisualTask(Protocol):

@@ -195,6 +195,9 @@ def choose_rewards(
     for name, key in (("alignment", "alignment_model"), ("aesthetic", "judges.aesthetic"), ("remote", "judges.remote")):
         if name in weights and name not in known:
             raise ValueError(f"rewards names {name!r} without its judge; set {key}.")
+    if unknown := weights.keys() - known.keys():
+        others = ["alignment", "aesthetic", "remote", "ocr", "self_vqascore"]
+        raise ValueError(f"rewards name {', '.join(sorted(unknown))}; known are {', '.join([*REWARDS, *others])}.")
     return RewardMixture.choose(weights, known)
 
 

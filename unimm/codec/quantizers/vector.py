@@ -98,6 +98,8 @@ class VQ(Quantizer):
         super().__init__()
         if config.size < 2:
             raise ValueError(f"size is {config.size}; a codebook needs at least 2 rows.")
+        if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
+            raise ValueError(f"ema_decay is {config.ema_decay:g}; give 0 or more and less than 1, for example 0.99.")
         if config.restart_below and config.ema_decay is None:
             raise ValueError("restart_below counts usage by EMA; set ema_decay (for example 0.99) or restart_below: 0.")
         if config.metric not in METRICS:
