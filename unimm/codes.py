@@ -107,8 +107,6 @@ class VisualCodes:
         pairs += [(value, other.side_info[name]) for name, value in self.side_info.items()]
         return all(one.cpu().equal(two.cpu()) for one, two in pairs)
 
-    __hash__ = None  # type: ignore[assignment]  # codes can change
-
     @property
     def lengths(self) -> torch.Tensor:
         """Positions per image, int64 `[B]`."""

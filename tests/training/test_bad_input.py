@@ -63,7 +63,7 @@ def test_a_broken_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize("key", ["ema_decay", "model.quantizer.ema_decay"])
 def test_a_decay_that_is_no_share_is_refused(tmp_path, key):
     path = codec_recipe(tmp_path, "codec")
-    with pytest.raises(ValueError, match="ema_decay is 1.5; give 0 or more"):
+    with pytest.raises(ValueError, match=r"ema_decay is 1\.5; give 0 or more"):
         train(path, ["model.quantizer={kind: vq, size: 8, dim: 4}", f"{key}=1.5"])
 
 
