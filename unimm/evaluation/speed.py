@@ -18,6 +18,7 @@ import torch
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from unimm.evaluation.scaling import Scaling, measure_scaling
+from unimm.evaluation.served import is_served, vllm_drawing
 from unimm.evaluation.timing import Machine, Speed, Way, compare
 from unimm.files import atomic_write
 from unimm.generation import GrammarLogitsProcessor
@@ -172,7 +173,10 @@ class Bench:
         return [speed for task in tasks for speed in known[task]()]
 
     def draw(self) -> list[Speed]:
-        """Pictures under guidance: two passes by the stock processor, one doubled pass, and the engine."""
+        """Pictures under guidance: two passes by the stock processor, one doubled pass, and the engine.
+
+        Where vLLM is installed, it draws as many rows as guidance has.
+        """
         size = self.model.lm_head.weight.element_size()
         ways = [
             self._way("stock, two passes", self._draw_by_stock_guidance),
@@ -187,6 +191,8 @@ class Bench:
         for name, model in self.compressed.items():
             floor = self._floor(self.batch, self.picture, BYTES[name], BYTES["bfloat16"])
             ways.append(self._way(f"engine, {name}", functools.partial(self._draw, model), floor))
+        if is_served(self.model):
+            ways.append(self._way("vLLM, without guidance", self._served()))
         return compare("draw", f"code of {self.batch}", ways, self.machine.clock, self.rounds)
 
     def _way(self, name: str, draw: Callable[[int], object], floor: float | None = None) -> Way:
@@ -320,6 +326,11 @@ class Bench:
             **SAMPLED,
             stock=True,
         )
+
+    def _served(self) -> Callable[[int], object]:
+        opening, null = self.model.picture_opening(), self.config.null_prompt_ids or []
+        rows = [*self.prompt.tolist(), *([null] * self.batch)]
+        return vllm_drawing(self.model, [[*row, *opening] for row in rows], self.codes, top_k=TOP_K)
 
     def _with_picture(self) -> torch.Tensor:
         """Rows of text, a picture, and text again."""

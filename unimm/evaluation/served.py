@@ -1,0 +1,79 @@
+"""What vLLM takes for the same reading: two requests per picture, side by side, without the guidance that it lacks.
+
+In: a model whose body is a plain causal language model. Out: a function that draws so many codes.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from unimm.unified import UniMMForConditionalGeneration
+
+CACHE_BYTES = 2**30
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that this process's time is all there is
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads belong to the other ways too
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def is_served(model: UniMMForConditionalGeneration) -> bool:
+    """Whether vLLM is installed and can run a model: its body has to be that of a language model and nothing more."""
+    plain = not model.config.has_vision_path and model.config.drawing_levels is None
+    return find_spec("vllm") is not None and plain
+
+
+def plain_language_model(model: UniMMForConditionalGeneration) -> PreTrainedModel:
+    """The language model as transformers has it, over the same weights."""
+    config = model.config.text_config
+    with torch.device("meta"):
+        plain = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    body = {f"model.{name}": weight for name, weight in model.model.language_model.state_dict().items()}
+    plain.load_state_dict(body | {"lm_head.weight": model.lm_head.weight}, assign=True)
+    return plain
+
+
+def vllm_drawing(
+    model: UniMMForConditionalGeneration, prompts: Sequence[Sequence[int]], codes: int, *, top_k: int
+) -> Callable[[int], object]:
+    """A function that samples so many codes, `codes` at most, after each of several prompts."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM, SamplingParams
+
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        plain_language_model(model).save_pretrained(folder)
+        llm: Any = LLM(
+            model=folder,
+            skip_tokenizer_init=True,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=max(map(len, prompts)) + codes,
+            max_num_seqs=len(prompts),
+            kv_cache_memory_bytes=CACHE_BYTES,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
+    torch.set_num_threads(threads)
+    asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    legal = [token for block in model.config.vocabulary.blocks for token in range(block.start, block.stop)]
+
+    def draw(number: int) -> object:
+        sampling = SamplingParams(
+            temperature=1.0,
+            top_k=top_k,
+            max_tokens=number,
+            ignore_eos=True,
+            detokenize=False,
+            allowed_token_ids=legal,
+        )
+        return llm.generate(asked, sampling, use_tqdm=False)
+
+    return draw
