@@ -39,8 +39,12 @@ def test_every_task_is_measured(tiny, tmp_path):
     assert agreement.keys() == {"bfloat16", "int8", "the same"}
     assert agreement["the same"] == 1
     assert all(0 <= share <= 1 for share in agreement.values())
-    report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, speeds, None, agreement)
+    per_pass = bench.codes_per_pass()
+    assert per_pass is not None
+    assert 1 <= per_pass <= 2
+    report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, speeds, None, agreement, per_pass)
     report.save(tmp_path)
+    assert "one pass of the window settles" in report.to_markdown()
     assert report.to_markdown().count("| draw |") == 6
     assert json.loads((tmp_path / "speed.json").read_text())["speeds"][0]["speedup"] == 1
     assert (tmp_path / "speed.png").stat().st_size > 1000
@@ -57,7 +61,7 @@ def test_scaling_is_reported_over_batches_and_lengths(tiny, tmp_path, monkeypatc
         assert point.pictures_per_second * point.codes * point.speed.milliseconds == pytest.approx(1000)
     floors = [point.speed.floor for point in scaling.lengths]
     assert floors == sorted(floors)
-    report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, (), scaling, {})
+    report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, (), scaling, {}, None)
     report.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"speed.md", "speed.json", "scaling.png"}
     table = (tmp_path / "speed.md").read_text().splitlines()

@@ -388,19 +388,20 @@ def test_a_window_draws_the_same_with_the_same_seed_in_fewer_passes(shapes, size
     for window in (1, 2, 5, 64):
         torch.manual_seed(3)
         passes.clear()
-        drawn.append(
-            model.generate(
-                **prompts(),
-                generation_mode="image",
-                guidance_scale=scale,
-                do_sample=True,
-                temperature=0.7,
-                top_k=9,
-                max_new_tokens=14,
-                jacobi_window=window,
-            )
+        output = model.generate(
+            **prompts(),
+            generation_mode="image",
+            guidance_scale=scale,
+            do_sample=True,
+            temperature=0.7,
+            top_k=9,
+            max_new_tokens=14,
+            jacobi_window=window,
+            return_dict_in_generate=True,
         )
+        drawn.append(output.sequences)
         taken.append(len(passes))
+        assert output.passes == len(passes) - 1  # the prompt is read besides
         assert max(shape[1] for shape in passes[1:]) <= window
     assert all(drawn[0].equal(other) for other in drawn[1:])
     assert taken == sorted(taken, reverse=True)

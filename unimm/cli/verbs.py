@@ -388,6 +388,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         speeds=tuple(bench.run([task for task in tasks if task in TASKS])),
         scaling=bench.scaling() if scales else None,
         agreement=bench.agreement(),
+        codes_per_pass=bench.codes_per_pass(),
     )
     if arguments.folder:
         report.save(Path(arguments.folder))

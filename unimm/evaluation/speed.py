@@ -39,7 +39,9 @@ SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, 
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """All times of one run, and the shares of likeliest codes that formats of weights keep."""
+    """All times of one run, the shares of likeliest codes that formats of weights keep, and what a pass of Jacobi
+    iteration settles.
+    """
 
     command: str
     model: str
@@ -50,6 +52,7 @@ class SpeedReport:
     speeds: tuple[Speed, ...]
     scaling: Scaling | None
     agreement: dict[str, float]
+    codes_per_pass: float | None
 
     def to_markdown(self) -> str:
         """A table with what it was measured on."""
@@ -71,8 +74,10 @@ class SpeedReport:
             f"{self.model}; {self.clock}, threads: {self.threads}; reads {self.gigabytes_per_second:.1f} GB/s, "
             f"multiplies {self.gigaflops:.0f} GFLOP/s in this run."
         )
-        agreeing = [f"Likeliest codes that {name} keeps: {share:.3f}." for name, share in self.agreement.items()]
-        return "\n".join([*lines, "", machine, *agreeing, f"Measured by `{self.command}`."])
+        beside = [f"Likeliest codes that {name} keeps: {share:.3f}." for name, share in self.agreement.items()]
+        if self.codes_per_pass is not None:
+            beside.append(f"Codes that one pass of the window settles: {self.codes_per_pass:.2f}.")
+        return "\n".join([*lines, "", machine, *beside, f"Measured by `{self.command}`."])
 
     def save(self, folder: Path) -> None:
         """Write `speed.md` and `speed.json`, and `speed.png` and `scaling.png` of what was measured."""
@@ -148,7 +153,7 @@ class Bench:
         """Share of codes that are likeliest under guidance for each format too, after the same codes before them."""
         if not self.compressed:
             return {}
-        drawn = self._draw(self.model, self.codes)
+        drawn = self._draw(self.model, self.codes).sequences
         null = drawn.new_tensor(self.config.null_prompt_ids or []).expand(self.batch, -1)
         away = torch.cat([null, drawn[:, PROMPT:]], dim=1)
 
@@ -160,6 +165,12 @@ class Bench:
 
         exact = likeliest(self.model)
         return {name: float((likeliest(m) == exact).float().mean()) for name, m in self.compressed.items()}
+
+    def codes_per_pass(self) -> float | None:
+        """Codes of pictures by the window for every pass; None without one."""
+        if self.window == 1:
+            return None
+        return self.codes / self._draw(self.model, self.codes, window=self.window).passes
 
     def run(self, tasks: Sequence[str]) -> list[Speed]:
         """The given tasks, in order."""
@@ -294,7 +305,8 @@ class Bench:
         stock: bool = False,
         window: int = 1,
         prompt: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
+        """What `generate` returns, sequences and passes."""
         prompt = self.prompt if prompt is None else prompt
         return model.generate(
             prompt,
@@ -303,6 +315,7 @@ class Bench:
             guidance_scale=GUIDANCE,
             max_new_tokens=codes,
             **SAMPLED,
+            return_dict_in_generate=True,
             stock=stock,
             jacobi_window=window,
         )

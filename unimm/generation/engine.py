@@ -118,10 +118,11 @@ class Unconditional:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Sequences `[B, T]`, and the scores `[B, V]` of every new position where they were kept."""
+    """Sequences `[B, T]`, the scores `[B, V]` of every new position where they were kept, and the passes it took."""
 
     sequences: torch.Tensor
     scores: tuple[torch.Tensor, ...] | None
+    passes: int
 
 
 def is_covered(processors: Iterable[LogitsProcessor], criteria: Iterable[StoppingCriteria]) -> bool:
@@ -171,6 +172,7 @@ class Engine:
             for token in processor.suppress_tokens.tolist()
         ]
         self.choices: dict[int, Choices] = {}
+        self.passes = 0
 
     def generate(
         self,
@@ -233,7 +235,7 @@ class Engine:
             hidden = self._step(sequences[:, length - 1 : length], steps < guided)
         if streamer is not None:
             streamer.end()
-        return Drawn(sequences[:, :length], tuple(scores) if keep_scores else None)
+        return Drawn(sequences[:, :length], tuple(scores) if keep_scores else None, self.passes)
 
     def _read(
         self, prompt: torch.Tensor, mask: torch.Tensor, unconditional: Unconditional | None, capacity: int
@@ -269,6 +271,7 @@ class Engine:
         if self.doubled and not guided:
             self.decoder.keep(len(ids))
             self.doubled = False
+        self.passes += 1
         return self.decoder.step(ids.repeat(2, 1) if self.doubled else ids)
 
     def _one_by_one(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -31,6 +32,17 @@ INNER_ARGUMENTS = {"guidance", "grammar"}  # what `generate` makes of its argume
 OWN_ARGUMENTS = (*INNER_ARGUMENTS, "stock", "jacobi_window")
 # Prompts in another form than ids, and caches that the caller holds, are for the stock loop.
 STOCK_ARGUMENTS = ("past_key_values", "position_ids", "inputs_embeds", "image_positions")
+
+
+@dataclass
+class UniMMGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns from the engine under `return_dict_in_generate`.
+
+    Args:
+        passes: of the model after the prompt; with a `jacobi_window` or levels fewer than there are new ids.
+    """
+
+    passes: int | None = None
 
 
 class UniMMGenerationMixin(GenerationMixin):
@@ -79,7 +91,8 @@ class UniMMGenerationMixin(GenerationMixin):
                 model decide.
             stock: take the stock loop in any case.
             jacobi_window: codes of a picture that one pass of the engine guesses and checks: the same drawing in
-                fewer passes of more rows each, which pays where arithmetic is idle.
+                fewer passes of more rows each, which pays where arithmetic is idle. With `return_dict_in_generate`
+                the output says how many there were, `passes`.
             grid: (rows, columns) of the picture that mode `image` opens; the model's own default, or choice, if None.
             num_codes: positions of every picture, each of K codes: where the codec decodes the first ones alone, the
                 picture is closed after so many, coarser and sooner. None leaves it to the model.
@@ -222,7 +235,7 @@ class UniMMGenerationMixin(GenerationMixin):
         self.take_back(decoder)
         if not config.return_dict_in_generate:
             return drawn.sequences
-        return GenerateDecoderOnlyOutput(sequences=drawn.sequences, scores=drawn.scores)
+        return UniMMGenerateOutput(sequences=drawn.sequences, scores=drawn.scores, passes=drawn.passes)
 
     def _refuse_levels(self, unable: str) -> None:
         """Say that a model which draws by levels cannot draw so."""
