@@ -335,7 +335,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     from unimm.evaluation.random_models import random_model
     from unimm.evaluation.scaling import LENGTHS
-    from unimm.evaluation.speed import BEGUN, TASKS, Bench, SpeedReport
+    from unimm.evaluation.speed import BEGUN, REQUESTS, TASKS, Bench, SpeedReport
     from unimm.evaluation.timing import Machine
     from unimm.nn.stored import check_format
 
@@ -363,7 +363,13 @@ def _bench(arguments: argparse.Namespace) -> None:
     if codes < 1:
         raise ValueError(f"--codes is {codes}; a picture has 1 or more.")
     formats = arguments.formats if "draw" in tasks else []
-    model = random_model(arguments.config, codes=codes, **place) if arguments.config else _load(arguments).model
+    requests = None
+    if arguments.config:
+        model = random_model(arguments.config, codes=codes, **place)
+    else:
+        loaded = _load(arguments)
+        model = loaded.model
+        requests = [loaded.processor.drawing_inputs([request])["input_ids"] for request in REQUESTS]
     machine = Machine.measure(model.device)
     bench = Bench(
         model,
@@ -373,6 +379,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         codes=arguments.drawn,
         formats=formats,
         window=arguments.window,
+        requests=requests,
     )
     own = {"config": arguments.config, "model": arguments.model, "codes": codes, "drawn": arguments.drawn}
     own |= {"batch": arguments.batch, "rounds": arguments.rounds, "threads": arguments.threads}

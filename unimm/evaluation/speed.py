@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TASKS = ("draw", "read", "train", "tokenize", "detokenize")
 PROMPT, ANSWER = 8, 16  # ids
+# What a saved model is asked for; the first is timed.
+REQUESTS = ("a red circle", "two green stars", "a blue square above a yellow heart", 'the word "CAKE" in red')
 GUIDANCE, TOP_K = 3.0, 1_000
 BEGUN = 2  # codes: the first comes from the prompt, and a step is prepared for the second
 PICTURES = 4  # per batch of the codec and of a training step
@@ -121,6 +123,7 @@ class Bench:
         codes: ids per picture that are drawn, from which the time of the whole is told; None draws it whole.
         formats: of weights that are drawn with besides those of the model.
         window: of Jacobi iteration that is drawn with besides; 1 leaves it out.
+        requests: ids `[1, T]` of prompts that the model knows, the first of which is timed; None for any ids.
     """
 
     def __init__(
@@ -133,6 +136,7 @@ class Bench:
         codes: int | None = None,
         formats: Sequence[str] = (),
         window: int = 1,
+        requests: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.window = window
         self.compressed = {name: copy.deepcopy(model) for name in formats}
@@ -145,8 +149,10 @@ class Bench:
         shape = max(self.config.grammar.shapes, key=lambda shape: shape.max_positions)
         self.picture = shape.max_positions * vocabulary.num_codebooks
         self.codes = min(codes or self.picture, self.picture)
-        text = torch.arange(PROMPT) * 7 % (vocabulary.image_token_offset - 16) + 16
-        self.prompt = text.to(self.device).expand(batch, -1)
+        invented = torch.arange(PROMPT)[None] * 7 % (vocabulary.image_token_offset - 16) + 16
+        self.knows = requests is not None
+        self.requests = [ids.to(self.device) for ids in requests or [invented]]
+        self.prompt = self.requests[0].expand(batch, -1)
 
     @torch.no_grad()
     def agreement(self) -> dict[str, float]:
@@ -155,7 +161,7 @@ class Bench:
             return {}
         drawn = self._draw(self.model, self.codes).sequences
         null = drawn.new_tensor(self.config.null_prompt_ids or []).expand(self.batch, -1)
-        away = torch.cat([null, drawn[:, PROMPT:]], dim=1)
+        away = torch.cat([null, drawn[:, self.prompt.shape[1] :]], dim=1)
 
         def likeliest(model: UniMMForConditionalGeneration) -> torch.Tensor:
             logits, other = (model(ids, logits_to_keep=self.codes + 1).logits.float() for ids in (drawn, away))
@@ -167,10 +173,23 @@ class Bench:
         return {name: float((likeliest(m) == exact).float().mean()) for name, m in self.compressed.items()}
 
     def codes_per_pass(self) -> float | None:
-        """Codes of pictures by the window for every pass; None without one."""
+        """Codes of whole pictures by the window for every pass, as the model draws by itself; None without a window."""
         if self.window == 1:
             return None
-        return self.codes / self._draw(self.model, self.codes, window=self.window).passes
+        options = {"do_sample": True, "guidance_scale": None} if self.knows else SAMPLED
+        outputs = [
+            self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_mode="image",
+                jacobi_window=self.window,
+                return_dict_in_generate=True,
+                **options,
+            )
+            for ids in self.requests
+        ]
+        codes = sum(int(self.config.vocabulary.is_visual(output.sequences).sum()) for output in outputs)
+        return codes / sum(output.passes for output in outputs)
 
     def run(self, tasks: Sequence[str]) -> list[Speed]:
         """The given tasks, in order."""
@@ -366,6 +385,6 @@ class Bench:
         number += rows * self.config.text_config.hidden_size
         text = self.config.text_config
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * bytes_per_state
-        read = number * bytes_per_weight + 2 * batch * (PROMPT + codes / 2) * cached
+        read = number * bytes_per_weight + 2 * batch * (self.prompt.shape[1] + codes / 2) * cached
         multiplied = 2 * 2 * batch * number
         return max(read / self.machine.bandwidth, multiplied / self.machine.flops)
