@@ -327,6 +327,10 @@ def test_recorded_steps_equal_the_stock_loop(shapes, device, window, calls, monk
     assert len(calls) == 6
 
 
+class Quantised(torch.Tensor):
+    """A tensor that is more than its numbers."""
+
+
 def waiting(model):
     """The decoder of a model that has read prompts and waits, as if it had recorded a step."""
     decoder = RecordedDecoder(model)
@@ -370,9 +374,14 @@ def test_a_decoder_does_not_wait_where_it_would_not_fit():
     first = waiting(model)
     first.prefill(**prompts((2,)), capacity=1)  # fewer rows
     assert not first.recordings
-    model.model.language_model.layers[0].self_attn.q_proj = torch.nn.Sequential(torch.nn.Linear(32, 32))
-    first.recordings[1] = None
-    first.wait(model)
+    attention = model.model.language_model.layers[0].self_attn
+    plain = attention.q_proj.weight.data
+    attention.q_proj.weight = torch.nn.Parameter(plain.as_subclass(Quantised))
+    first = waiting(model)
+    assert RecordedDecoder.of(model) is not first
+    attention.q_proj.weight = torch.nn.Parameter(plain)
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)
+    first = waiting(model)
     assert RecordedDecoder.of(model) is not first
 
 

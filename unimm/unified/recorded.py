@@ -54,15 +54,13 @@ class RecordedDecoder(CachedDecoder):
         weights = chain(self.body.layers.parameters(), self.body.layers.buffers())  # those of int8 are buffers
         large = sum(weight.nbytes for weight in weights if weight.device.type == "cuda") >= COMPILED
         self.is_compiled = large and HAS_TRITON
-        products = (module for name, module in self.body.layers.named_modules() if name.endswith("_proj"))
-        self.is_plain = all(type(module) in (nn.Linear, Int8Linear) for module in products)  # adapters are turned off
         self.fits = self._circumstances()
 
     @classmethod
     def of(cls, model: UniMMForConditionalGeneration) -> RecordedDecoder:
         """The decoder that waits for a batch of this model, if it still fits, or a fresh one."""
         waiting = _waiting.pop(model, None)
-        if waiting is None or waiting.fits != waiting._circumstances():
+        if waiting is None or waiting.fits is None or waiting.fits != waiting._circumstances():
             return cls(model)
         for layer in waiting.layers:
             layer.refresh()
@@ -70,9 +68,9 @@ class RecordedDecoder(CachedDecoder):
         return waiting
 
     def wait(self, model: UniMMForConditionalGeneration) -> None:
-        """Await the next batch, unless nothing is recorded, the cache is large, or layers are more than weights."""
+        """Await the next batch, unless nothing is recorded, the cache is large, or more than weights may change."""
         small = sum(places.nbytes for places in (*self.keys, *self.values)) <= KEPT
-        if self.recordings and self.is_plain and small:
+        if self.recordings and self.fits is not None and small:
             _waiting[model] = self
 
     @staticmethod
@@ -80,9 +78,18 @@ class RecordedDecoder(CachedDecoder):
         """Let go of what waits for a batch of this model, and of the weights that it holds."""
         _waiting.pop(model, None)
 
-    def _circumstances(self) -> list[object]:
-        """What recordings rest on: where weights lie, and how products are computed."""
-        weights = chain(self.body.parameters(), self.body.buffers())
+    def _circumstances(self) -> list[object] | None:
+        """What recordings rest on: where weights lie, and how products are computed.
+
+        None where layers do more than their weights say, as adapters do, which are turned off and on, or where weights
+        lie nowhere, as those of quantised tensors.
+        """
+        weights = [*self.body.parameters(), *self.body.buffers()]
+        products = (module for name, module in self.body.layers.named_modules() if name.endswith("_proj"))
+        if any(type(weight.data) is not torch.Tensor for weight in weights) or any(
+            type(module) not in (nn.Linear, Int8Linear) for module in products
+        ):
+            return None
         return [
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
