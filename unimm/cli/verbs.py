@@ -329,77 +329,12 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from pathlib import Path
+    from functools import partial
 
-    import torch
+    from unimm.cli.bench import measure
 
-    from unimm.evaluation.random_models import random_model
-    from unimm.evaluation.scaling import LENGTHS
-    from unimm.evaluation.speed import BEGUN, REQUESTS, TASKS, Bench, SpeedReport
-    from unimm.evaluation.timing import Machine
-    from unimm.nn.stored import check_format
-
-    known, tasks = (*TASKS, "scaling"), arguments.tasks
-    unknown = [task for task in tasks if task not in known]
-    drawn = BEGUN + 1 if arguments.drawn is None else arguments.drawn
-    if unknown or min(arguments.batch, arguments.rounds, arguments.window) < 1 or drawn <= BEGUN:
-        raise ValueError(
-            f"--tasks are {tasks}, --batch {arguments.batch}, --rounds {arguments.rounds}, --window {arguments.window} "
-            f"and --drawn {arguments.drawn}; name some of {', '.join(known)}, a batch, rounds and a window of 1 or "
-            f"more, and more than {BEGUN} codes."
-        )
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ValueError(f"--threads is {arguments.threads}; give 1 or more.")
-    if arguments.config and (arguments.model is not None or arguments.weights or arguments.offload):
-        raise ValueError("--config is a model of random weights: leave out --model, --weights and --offload.")
-    for name in arguments.formats:
-        check_format(name)
     _check_folder(arguments.folder)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    place = _place(arguments)
-    scales = "scaling" in tasks
-    codes = (max(LENGTHS) if scales else 256) if arguments.codes is None else arguments.codes
-    if codes < 1:
-        raise ValueError(f"--codes is {codes}; a picture has 1 or more.")
-    formats = arguments.formats if "draw" in tasks else []
-    requests = None
-    if arguments.config:
-        model = random_model(arguments.config, codes=codes, **place)
-    else:
-        loaded = _load(arguments)
-        model = loaded.model
-        requests = [loaded.processor.drawing_inputs([request])["input_ids"] for request in REQUESTS]
-    machine = Machine.measure(model.device)
-    bench = Bench(
-        model,
-        machine,
-        rounds=arguments.rounds,
-        batch=arguments.batch,
-        codes=arguments.drawn,
-        formats=formats,
-        window=arguments.window,
-        requests=requests,
-    )
-    own = {"config": arguments.config, "model": arguments.model, "codes": codes, "drawn": arguments.drawn}
-    own |= {"batch": arguments.batch, "rounds": arguments.rounds, "threads": arguments.threads}
-    own |= {"formats": " ".join(formats), "window": arguments.window}
-    options = [f"--{name} {value}" for name, value in own.items() if value is not None]
-    report = SpeedReport(
-        command=" ".join(["unimm bench", *options, "--tasks", *tasks]),
-        model=arguments.config or arguments.model or "unimm-tiny",
-        clock="processor time" if torch.get_num_threads() == 1 and model.device.type == "cpu" else "wall time",
-        threads=torch.get_num_threads(),
-        gigabytes_per_second=machine.bandwidth / 1e9,
-        gigaflops=machine.flops / 1e9,
-        speeds=tuple(bench.run([task for task in tasks if task in TASKS])),
-        scaling=bench.scaling() if scales else None,
-        agreement=bench.agreement(),
-        codes_per_pass=bench.codes_per_pass(),
-    )
-    if arguments.folder:
-        report.save(Path(arguments.folder))
-    print(report.to_markdown())
+    print(measure(arguments, _place(arguments), partial(_load, arguments)).to_markdown())
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
