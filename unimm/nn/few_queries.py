@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
-from unimm.nn.few_rows import HAS_TRITON
+from unimm.nn.few_rows import HAS_KERNELS, shared_memory
 
 MOST_QUERIES = 32  # of one head of keys; their sums stay in registers
 WIDTHS = (16, 32, 64, 128, 256)  # of a head
-BLOCK = 64  # places that are read at once
+BLOCK = 64  # places that are read at once, fewer where these are wide
+BLOCK_BYTES = 2**14  # of the keys of a block, and of its values
+TWO_BLOCKS = 3 * 2**15  # bytes of a multiprocessor that has room for two
 MOST_PARTS = 32
 
 
 def takes_few_queries(queries: int, keys: torch.Tensor) -> bool:
     """Whether so many queries of every head of keys `[R, H, C, D]` are best answered here."""
-    return HAS_TRITON and keys.device.type == "cuda" and queries <= MOST_QUERIES and keys.shape[3] in WIDTHS
+    return HAS_KERNELS and keys.device.type == "cuda" and queries <= MOST_QUERIES and keys.shape[3] in WIDTHS
 
 
 @torch.library.custom_op("unimm::few_queries_attention", mutates_args=())
@@ -45,6 +47,7 @@ def few_queries_attention(
         scale: of the scores.
     """
     (rows, heads, queries, head_width), places = query.shape, keys.shape[2]
+    block = min(BLOCK, BLOCK_BYTES // (head_width * keys.itemsize))
     part = BLOCK * -(-places // (BLOCK * MOST_PARTS))
     parts = -(-places // part)
     slots = max(16, 1 << (queries - 1).bit_length())
@@ -73,8 +76,9 @@ def few_queries_attention(
         seen.stride(0),
         slots,
         head_width,
-        BLOCK,
+        block,
         "ieee" if query.dtype == torch.float32 else "tf32",
+        num_stages=2 if shared_memory(keys.device) >= TWO_BLOCKS else 1,
     )
     join[(rows * heads, queries)](
         gathered, peaks, sums, result, queries, parts, slots, head_width, 1 << (parts - 1).bit_length()

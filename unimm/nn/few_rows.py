@@ -17,6 +17,7 @@ MOST_ROWS = 16  # which the matrix units take at once
 SMALLEST = 2**24  # bytes of a weight in floats; below, a product is too short for any of this
 LARGE = 2**26  # bytes
 HAS_TRITON = find_spec("triton") is not None
+HAS_KERNELS = HAS_TRITON and torch.version.hip is None  # of this room and its neighbours
 
 
 class Tile(NamedTuple):
@@ -28,22 +29,32 @@ class Tile(NamedTuple):
     stages: int
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the tiles of one program may take on a GPU."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
 def takes_few_rows(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether rows `[R, I]` times a weight `[O, I]` are best done here."""
     large = weight.dtype == rows.dtype and weight.nbytes >= SMALLEST
     worthwhile = rows.itemsize == 2 and (weight.dtype == torch.int8 or large)
-    return HAS_TRITON and weight.device.type == "cuda" and len(rows) <= MOST_ROWS and worthwhile
+    return HAS_KERNELS and weight.device.type == "cuda" and len(rows) <= MOST_ROWS and worthwhile
 
 
 def tile_of(weight: torch.Tensor) -> Tile:
     """The tile that reads a weight `[O, I]` fastest on an H200, of eight that were tried with two rows.
 
-    Small weights have tall tiles: the multiprocessors that get none cost less than the beginnings of more of them.
+    Small weights have tall tiles: the multiprocessors that get none cost less than the beginnings of more of them. On a
+    GPU with less room fewer tiles are fetched at once.
     """
     outputs, inputs = weight.shape
+    best = Tile(16, 512, 2, 4) if weight.nbytes >= LARGE else Tile(64, 256, 4, 4)
     if weight.itemsize == 1 or (weight.nbytes >= LARGE and outputs > inputs):
-        return Tile(32, 256, 4, 4)
-    return Tile(16, 512, 2, 4) if weight.nbytes >= LARGE else Tile(64, 256, 4, 4)
+        best = Tile(32, 256, 4, 4)
+    held = best.wide * (best.tall * weight.itemsize + MOST_ROWS * 2)  # bytes of a tile and of its rows
+    return best._replace(stages=max(1, min(best.stages, shared_memory(weight.device) // held)))
 
 
 @torch.library.custom_op("unimm::few_rows_product", mutates_args=())
