@@ -44,10 +44,21 @@ def test_every_task_is_measured(tiny, tmp_path):
     assert 0.5 < per_pass <= 2
     report = SpeedReport("unimm bench", "tiny", "wall time", 1, 10.0, 50.0, speeds, None, agreement, per_pass)
     report.save(tmp_path)
-    assert "one pass of the window settles" in report.to_markdown()
+    assert "one pass settles" in report.to_markdown()
     assert report.to_markdown().count("| draw |") == 6
     assert json.loads((tmp_path / "speed.json").read_text())["speeds"][0]["speedup"] == 1
     assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_a_model_that_draws_by_levels_is_measured_without_stock(tiny, monkeypatch):
+    model, _ = tiny
+    monkeypatch.setattr(model.config, "levels", [4])
+    bench = Bench(model, Machine.measure(torch.device("cpu")), rounds=1, codes=8, formats=("int8",))
+    speeds = bench.run(["draw", "read", "train"])
+    assert [speed.way for speed in speeds[:2]] == ["engine", "engine, int8"]
+    assert speeds[0].floor is None
+    assert bench.agreement() == {}
+    assert bench.codes_per_pass() == pytest.approx(bench.picture / (bench.picture / 4 + 1))  # and one for its end
 
 
 def test_scaling_is_reported_over_batches_and_lengths(tiny, tmp_path, monkeypatch):

@@ -41,8 +41,8 @@ SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, 
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """All times of one run, the shares of likeliest codes that formats of weights keep, and what a pass of Jacobi
-    iteration settles.
+    """All times of one run, the shares of likeliest codes that formats of weights keep, and how many codes one pass
+    settles where that is more than one.
     """
 
     command: str
@@ -78,7 +78,7 @@ class SpeedReport:
         )
         beside = [f"Likeliest codes that {name} keeps: {share:.3f}." for name, share in self.agreement.items()]
         if self.codes_per_pass is not None:
-            beside.append(f"Codes that one pass of the window settles: {self.codes_per_pass:.2f}.")
+            beside.append(f"Codes that one pass settles: {self.codes_per_pass:.2f}.")
         return "\n".join([*lines, "", machine, *beside, f"Measured by `{self.command}`."])
 
     def save(self, folder: Path) -> None:
@@ -144,6 +144,7 @@ class Bench:
             compress(compressed, name)
         self.model, self.machine, self.rounds, self.batch = model, machine, rounds, batch
         self.config = model.config
+        self.by_levels = self.config.drawing_levels is not None
         vocabulary = self.config.vocabulary
         self.device = model.device
         shape = max(self.config.grammar.shapes, key=lambda shape: shape.max_positions)
@@ -156,8 +157,11 @@ class Bench:
 
     @torch.no_grad()
     def agreement(self) -> dict[str, float]:
-        """Share of codes that are likeliest under guidance for each format too, after the same codes before them."""
-        if not self.compressed:
+        """Share of codes that are likeliest under guidance for each format too, after the same codes before them.
+
+        Nothing of a model that draws by levels, whose codes are not asked for by those before them.
+        """
+        if not self.compressed or self.by_levels:
             return {}
         drawn = self._draw(self.model, self.codes).sequences
         null = drawn.new_tensor(self.config.null_prompt_ids or []).expand(self.batch, -1)
@@ -173,8 +177,11 @@ class Bench:
         return {name: float((likeliest(m) == exact).float().mean()) for name, m in self.compressed.items()}
 
     def codes_per_pass(self) -> float | None:
-        """Codes of whole pictures by the window for every pass, as the model draws by itself; None without a window."""
-        if self.window == 1:
+        """Codes of whole pictures for every pass, by the window or by levels, as the model draws by itself.
+
+        None where every pass draws one.
+        """
+        if self.window == 1 and not self.by_levels:
             return None
         options = {"do_sample": True, "guidance_scale": None} if self.knows else SAMPLED
         outputs = [
@@ -205,21 +212,23 @@ class Bench:
     def draw(self) -> list[Speed]:
         """Pictures under guidance: two passes by the stock processor, one doubled pass, and the engine.
 
-        Where vLLM is installed, it draws as many rows as guidance has.
+        Where vLLM is installed, it draws as many rows as guidance has. A model that draws by levels has the engine
+        alone, and no floor, as a pass draws several codes.
         """
         size = self.model.lm_head.weight.element_size()
-        ways = [
-            self._way("stock, two passes", self._draw_by_stock_guidance),
-            self._way("stock, batched guidance", functools.partial(self._draw, self.model, stock=True)),
-            self._way(
-                "engine", functools.partial(self._draw, self.model), self._floor(self.batch, self.picture, size, size)
-            ),
-        ]
+        floor = None if self.by_levels else self._floor(self.batch, self.picture, size, size)
+        ways = [self._way("engine", functools.partial(self._draw, self.model), floor)]
+        if not self.by_levels:
+            ways = [
+                self._way("stock, two passes", self._draw_by_stock_guidance),
+                self._way("stock, batched guidance", functools.partial(self._draw, self.model, stock=True)),
+                *ways,
+            ]
         if self.window > 1:
             ahead = functools.partial(self._draw, self.model, window=self.window)
             ways.append(self._way(f"engine, window {self.window}", ahead))
         for name, model in self.compressed.items():
-            floor = self._floor(self.batch, self.picture, BYTES[name], BYTES["bfloat16"])
+            floor = None if self.by_levels else self._floor(self.batch, self.picture, BYTES[name], BYTES["bfloat16"])
             ways.append(self._way(f"engine, {name}", functools.partial(self._draw, model), floor))
         if is_served(self.model):
             ways.append(self._way("vLLM, without guidance", self._served()))
