@@ -2,6 +2,7 @@
 dependency.
 """
 
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from unimm.evaluation.served import is_served
 from unimm.evaluation.speed import Bench
 from unimm.evaluation.timing import Machine
+from unimm.unified import compress
 
 
 class LLM:
@@ -64,5 +66,8 @@ def test_it_is_given_the_language_model_and_the_rows_of_guidance(tiny, made):
 def test_models_that_are_more_than_a_language_model_are_left_out(tiny, made, monkeypatch):
     model, _ = tiny
     assert is_served(model)
+    stored = copy.deepcopy(model)
+    compress(stored, "int8")
+    assert not is_served(stored)
     monkeypatch.setattr(model.config, "levels", [2])
     assert not is_served(model)

@@ -61,6 +61,26 @@ def test_a_model_that_draws_by_levels_is_measured_without_stock(tiny, monkeypatc
     assert bench.codes_per_pass() == pytest.approx(bench.picture / (bench.picture / 4 + 1))  # and one for its end
 
 
+def test_passes_are_counted_by_the_engine_alone(tiny, monkeypatch):
+    model, _ = tiny
+    monkeypatch.setattr(type(model), "decoder", lambda self: None)
+    assert Bench(model, Machine.measure(torch.device("cpu")), window=4).codes_per_pass() is None
+
+
+def test_too_few_codes_are_refused(tiny):
+    with pytest.raises(ValueError, match="codes is 2; draw more than 2"):
+        Bench(tiny[0], Machine.measure(torch.device("cpu")), codes=2)
+
+
+def test_the_command_of_a_report_is_whole(tiny_folder, capsys):
+    """A window is of drawing, and left out where nothing is drawn."""
+    options = f"--model {tiny_folder} --device cpu --rounds 1 --window 4 --weights int8 --tasks read"
+    assert main(["bench", *options.split()]) == 0
+    printed = capsys.readouterr().out
+    assert f"--model {tiny_folder} --weights int8 --device cpu --batch 1 --rounds 1 --window 4 --formats" in printed
+    assert "one pass settles" not in printed
+
+
 def test_scaling_is_reported_over_batches_and_lengths(tiny, tmp_path, monkeypatch):
     model, _ = tiny
     monkeypatch.setattr("unimm.evaluation.scaling.LENGTHS", (2, 3, 1_000))

@@ -16,7 +16,7 @@ SIZED = [
 ]
 NESTED = [{"grid": None, "prefix": [], "min_positions": 2, "max_positions": 5}]
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=END, pad_token_id=PAD)
-PAGE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"  # before 5.18
+PAGE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"  # of 5.17
 SMALL = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=32, **{PAGE: 8})
 
 

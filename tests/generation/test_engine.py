@@ -1,5 +1,8 @@
 """The engine against the stock loop: the same ids, the same scores, the same distribution."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -314,42 +317,47 @@ def test_recorded_steps_equal_the_stock_loop(shapes, device, window, calls, monk
     """Prompts of many lengths, as the cache of a recording has a fixed one, and weights that change between them."""
     model = build(shapes=shapes).to(device)
     monkeypatch.setattr(type(model), "decoder", lambda self: RecordedDecoder.of(self))
-    for lengths in ((5, 3, 7, 5), (2,), (19, 4)):
+    for lengths in ((5, 3, 7, 5), (2, 6, 4, 4), (2,), (19, 4)):  # the second is drawn by the recordings of the first
         asked = {name: value.to(device) for name, value in prompts(lengths).items()}
         options = {"do_sample": False, "guidance_scale": SCALE, "max_new_tokens": 40}
-        stock = model.generate(**asked, **options, stock=True)
-        assert model.generate(**asked, **options, jacobi_window=window).equal(stock)
-        options |= {"generation_mode": "image", "guidance_interval": (0.0, 0.5)}  # the unconditional rows are dropped
-        stock = model.generate(**asked, **options, stock=True)
-        assert model.generate(**asked, **options, jacobi_window=window).equal(stock)
+        dropped = {"generation_mode": "image", "guidance_interval": (0.0, 0.5)}  # the unconditional rows
+        for more in (dropped, {}):
+            stock = model.generate(**asked, **options, **more, stock=True)
+            assert model.generate(**asked, **options, **more, jacobi_window=window).equal(stock)
         for weight in model.parameters():
             weight.data.mul_(1.1)
-    assert len(calls) == 6
+    assert len(calls) == 8
 
 
 class Quantised(torch.Tensor):
     """A tensor that is more than its numbers."""
 
 
+@torch.no_grad()
 def waiting(model):
-    """The decoder of a model that has read prompts and waits, as if it had recorded a step."""
+    """The places of a decoder that has read prompts and waits, as if it had recorded a step."""
     decoder = RecordedDecoder(model)
     decoder.prefill(**prompts(), capacity=1)
     decoder.recordings[1] = None
     decoder.wait(model)
-    return decoder
+    return [part.data_ptr() for part in decoder._state()]
+
+
+def goes_on(model, places):
+    """Whether the next decoder has these places and what was recorded over them."""
+    decoder = RecordedDecoder.of(model)
+    return bool(decoder.recordings) and [part.data_ptr() for part in decoder._state()] == places
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_next_batch_takes_the_places_of_the_last_and_the_weights_of_now(family):
     model = build(family)
-    first = waiting(model)
-    places = [part.data_ptr() for part in first._state()]
+    places = waiting(model)
     for weight in model.parameters():
         weight.data.mul_(1.1)
     again = RecordedDecoder.of(model)
-    assert again is first
+    norms = [layer.head_norm and layer.head_norm[0].data_ptr() for layer in again.layers]
     new, asked = torch.randint(TEXT_ROWS, TEXT_ROWS + 40, (3, 1)), prompts((2, 6, 4))
     states, wanted = [], []
     for decoder, found in ((again, states), (RecordedDecoder(model), wanted)):
@@ -358,31 +366,63 @@ def test_the_next_batch_takes_the_places_of_the_last_and_the_weights_of_now(fami
     assert [part.data_ptr() for part in again._state()] == places
     for state, other in zip(states, wanted, strict=True):
         assert state.equal(other)
+    again.wait(model)  # recordings read the norms of heads where they were at first
+    third = RecordedDecoder.of(model)
+    assert [layer.head_norm and layer.head_norm[0].data_ptr() for layer in third.layers] == norms
 
 
-def test_a_decoder_does_not_wait_where_it_would_not_fit():
+def test_what_waits_holds_no_weights():
     model = build("qwen3")
-    first = waiting(model)
-    model.to(torch.float64).to(torch.float32)  # the weights lie elsewhere
-    assert RecordedDecoder.of(model) is not first
-    first = waiting(model)
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert RecordedDecoder.of(model) is not first
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    first = waiting(model)
-    first.prefill(**prompts((2,)), capacity=1)  # fewer rows
-    assert not first.recordings
-    attention = model.model.language_model.layers[0].self_attn
-    plain = attention.q_proj.weight.data
-    attention.q_proj.weight = torch.nn.Parameter(plain.as_subclass(Quantised))
-    first = waiting(model)
-    assert RecordedDecoder.of(model) is not first
-    attention.q_proj.weight = torch.nn.Parameter(plain)
-    attention.q_proj = torch.nn.Sequential(attention.q_proj)
-    first = waiting(model)
-    assert RecordedDecoder.of(model) is not first
+    places = waiting(model)
+    storage = weakref.ref(model.model.language_model.layers[0].self_attn.q_proj.weight.untyped_storage())
+    body = model.model.language_model.to(torch.float64)
+    gc.collect()
+    assert storage() is None
+    body.to(torch.float32)
+    assert not goes_on(model, places)
+
+
+@pytest.mark.parametrize("change", ["moved", "subclass", "adapter", "precision", "inference", "body"])
+def test_a_decoder_does_not_go_on_over_other_weights(change, monkeypatch):
+    model = build("qwen3")
+    layer = model.model.language_model.layers[0].self_attn.q_proj
+    if change == "adapter":  # there from the beginning, and turned off and on later
+        model.model.language_model.layers[0].self_attn.q_proj = torch.nn.Sequential(layer)
+    if change == "subclass":
+        layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Quantised))
+    places = waiting(model)
+    if change == "moved":
+        layer.weight.data = layer.weight.data.clone()
+    if change == "body":
+        model.model.language_model = build("qwen3").model.language_model
+    if change == "precision":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    with torch.inference_mode(change == "inference"):
+        assert not goes_on(model, places)
+
+
+def test_what_waits_is_small_whole_and_let_go(monkeypatch):
+    model = build("qwen3")
+    assert goes_on(model, waiting(model))
+    waiting(model)
+    model.to(torch.float32)
+    assert not RecordedDecoder.of(model).recordings
+    decoder = RecordedDecoder(model)
+    decoder.prefill(**prompts(), capacity=1)
+    decoder.keep(2)
+    decoder.recordings[1] = None
+    decoder.wait(model)
+    assert not RecordedDecoder.of(model).recordings
+    monkeypatch.setattr("unimm.unified.recorded.KEPT", 0)
+    assert not goes_on(model, waiting(model))
+
+
+def test_a_batch_of_other_rows_begins_anew():
+    model = build("qwen3")
+    waiting(model)
+    decoder = RecordedDecoder.of(model)
+    decoder.prefill(**prompts((2,)), capacity=1)
+    assert not decoder.recordings
 
 
 @pytest.mark.parametrize("sizes", [(40,), (30, 20)], ids=["one code", "two codes"])

@@ -165,5 +165,5 @@ def test_a_reward_without_its_judge_is_refused(name):
 
 
 def test_a_misspelt_reward_is_answered_with_all_there_are():
-    with pytest.raises(ValueError, match=r"rewards name scne; known are scene, .*alignment, .*self_vqascore"):
+    with pytest.raises(ValueError, match=r"rewards are .*'scne': 1.0.* some of scene, .*alignment, .*self_vqascore"):
         choose_rewards({"scne": 1.0, "word": 1.0}, None, JudgesConfig(), "unused")

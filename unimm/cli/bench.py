@@ -34,7 +34,7 @@ def measure(arguments: argparse.Namespace, place: dict[str, Any], load: Callable
         torch.set_num_threads(arguments.threads)
     tasks, scales = arguments.tasks, "scaling" in arguments.tasks
     codes = (max(LENGTHS) if scales else CODES) if arguments.codes is None else arguments.codes
-    formats = arguments.formats if "draw" in tasks else []
+    formats, window = (arguments.formats, arguments.window) if "draw" in tasks else ([], 1)
     requests = None
     if arguments.config:
         model = random_model(arguments.config, codes=codes, **place)
@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace, place: dict[str, Any], load: Callable
         batch=arguments.batch,
         codes=arguments.drawn,
         formats=formats,
-        window=arguments.window,
+        window=window,
         requests=requests,
     )
     report = SpeedReport(
@@ -95,7 +95,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _command(arguments: argparse.Namespace, codes: int, formats: list[str]) -> str:
     """The command that measures the same again."""
     own = {"config": arguments.config, "model": arguments.model, "codes": codes if arguments.config else None}
-    own |= {"drawn": arguments.drawn, "batch": arguments.batch, "rounds": arguments.rounds}
-    own |= {"threads": arguments.threads, "window": arguments.window}
+    own |= {
+        name: vars(arguments)[name] for name in ("weights", "device", "drawn", "batch", "rounds", "threads", "window")
+    }
     options = [f"--{name} {value}" for name, value in own.items() if value is not None]
+    options += ["--offload"] if arguments.offload else []
     return " ".join(["unimm bench", *options, "--formats", *formats, "--tasks", *arguments.tasks])

@@ -25,18 +25,26 @@ SETTINGS = {
 
 
 def is_served(model: UniMMForConditionalGeneration) -> bool:
-    """Whether vLLM is installed and can run a model: its body has to be that of a language model and nothing more."""
-    plain = not model.config.has_vision_path and model.config.drawing_levels is None
-    return find_spec("vllm") is not None and plain
+    """Whether vLLM is installed and can run a model."""
+    return find_spec("vllm") is not None and plain_language_model(model) is not None
 
 
-def plain_language_model(model: UniMMForConditionalGeneration) -> PreTrainedModel:
-    """The language model as transformers has it, over the same weights."""
+def plain_language_model(model: UniMMForConditionalGeneration) -> PreTrainedModel | None:
+    """The language model as transformers has it, over the same weights; None where it is more than that, draws by
+    levels, or its weights are stored otherwise.
+    """
     config = model.config.text_config
+    body, head = model.model.language_model.state_dict(), model.lm_head.state_dict()
+    weights = {f"model.{name}": weight for name, weight in body.items()}
+    weights |= {f"lm_head.{name}": weight for name, weight in head.items()}
+    if model.config.has_vision_path or model.config.levels or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
     with torch.device("meta"):
         plain = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    body = {f"model.{name}": weight for name, weight in model.model.language_model.state_dict().items()}
-    plain.load_state_dict(body | {"lm_head.weight": model.lm_head.weight}, assign=True)
+    whole = all(weight.dtype.is_floating_point for weight in weights.values())
+    if not whole or weights.keys() != plain.state_dict().keys():
+        return None
+    plain.load_state_dict(weights, assign=True)
     return plain
 
 
@@ -49,8 +57,10 @@ def vllm_drawing(
     from vllm import LLM, SamplingParams
 
     threads = torch.get_num_threads()
+    plain = plain_language_model(model)
+    assert plain is not None
     with tempfile.TemporaryDirectory() as folder:
-        plain_language_model(model).save_pretrained(folder)
+        plain.save_pretrained(folder)
         llm: Any = LLM(
             model=folder,
             skip_tokenizer_init=True,

@@ -21,7 +21,7 @@ from unimm.evaluation.scaling import Scaling, measure_scaling
 from unimm.evaluation.served import is_served, vllm_drawing
 from unimm.evaluation.timing import Machine, Speed, Way, compare
 from unimm.files import atomic_write
-from unimm.generation import GrammarLogitsProcessor
+from unimm.generation import GrammarLogitsProcessor, UniMMGenerateOutput
 from unimm.unified import UniMMForConditionalGeneration, compress
 
 if TYPE_CHECKING:
@@ -120,10 +120,14 @@ class Bench:
         machine: that it runs on.
         rounds: of every way.
         batch: pictures drawn or read at once.
-        codes: ids per picture that are drawn, from which the time of the whole is told; None draws it whole.
+        codes: ids per picture that are drawn, more than `BEGUN`, from which the time of the whole is told; None draws
+            it whole, as do models that draw by levels, whose passes differ.
         formats: of weights that are drawn with besides those of the model.
         window: of Jacobi iteration that is drawn with besides; 1 leaves it out.
         requests: ids `[1, T]` of prompts that the model knows, the first of which is timed; None for any ids.
+
+    Raises:
+        ValueError: too few codes.
     """
 
     def __init__(
@@ -149,7 +153,9 @@ class Bench:
         self.device = model.device
         shape = max(self.config.grammar.shapes, key=lambda shape: shape.max_positions)
         self.picture = shape.max_positions * vocabulary.num_codebooks
-        self.codes = min(codes or self.picture, self.picture)
+        if codes is not None and codes <= BEGUN:
+            raise ValueError(f"codes is {codes}; draw more than {BEGUN}, after which codes are timed.")
+        self.codes = self.picture if codes is None or self.by_levels else min(codes, self.picture)
         invented = torch.arange(PROMPT)[None] * 7 % (vocabulary.image_token_offset - 16) + 16
         self.knows = requests is not None
         self.requests = [ids.to(self.device) for ids in requests or [invented]]
@@ -179,7 +185,7 @@ class Bench:
     def codes_per_pass(self) -> float | None:
         """Codes of whole pictures for every pass, by the window or by levels, as the model draws by itself.
 
-        None where every pass draws one.
+        None where every pass draws one, and where the engine does not cover the model.
         """
         if self.window == 1 and not self.by_levels:
             return None
@@ -195,6 +201,8 @@ class Bench:
             )
             for ids in self.requests
         ]
+        if not all(isinstance(output, UniMMGenerateOutput) for output in outputs):
+            return None
         codes = sum(int(self.config.vocabulary.is_visual(output.sequences).sum()) for output in outputs)
         return codes / sum(output.passes for output in outputs)
 

@@ -4,7 +4,7 @@ In: scores and ids. Out: scores and ids, legal and guided. Never knows where ids
 """
 
 from unimm.generation.engine import Decoder, Engine
-from unimm.generation.mixin import UniMMGenerationMixin
+from unimm.generation.mixin import UniMMGenerateOutput, UniMMGenerationMixin
 from unimm.generation.processors import EVERYWHERE, ClassifierFreeGuidance, GrammarLogitsProcessor, check_interval
 from unimm.generation.streaming import AnswerStreamer, PictureRows, TextPiece
 
@@ -17,6 +17,7 @@ __all__ = [
     "GrammarLogitsProcessor",
     "PictureRows",
     "TextPiece",
+    "UniMMGenerateOutput",
     "UniMMGenerationMixin",
     "check_interval",
 ]

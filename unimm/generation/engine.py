@@ -135,7 +135,7 @@ class Engine:
     """Generates one batch.
 
     Args:
-        decoder: of the model, fresh.
+        decoder: of the model, which no other batch uses.
         grammar: of the model.
         processors: those of the stock loop, all of them covered (`is_covered`).
         do_sample: False takes the likeliest id.

@@ -92,7 +92,7 @@ class UniMMGenerationMixin(GenerationMixin):
             stock: take the stock loop in any case.
             jacobi_window: codes of a picture that one pass of the engine guesses and checks: the same drawing in
                 fewer passes of more rows each, which pays where arithmetic is idle. With `return_dict_in_generate`
-                the output says how many there were, `passes`.
+                the engine's output says how many there were, `passes`.
             grid: (rows, columns) of the picture that mode `image` opens; the model's own default, or choice, if None.
             num_codes: positions of every picture, each of K codes: where the codec decodes the first ones alone, the
                 picture is closed after so many, coarser and sooner. None leaves it to the model.

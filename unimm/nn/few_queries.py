@@ -16,6 +16,7 @@ from unimm.nn.few_rows import HAS_KERNELS, shared_memory
 
 MOST_QUERIES = 32  # of one head of keys; their sums stay in registers
 WIDTHS = (16, 32, 64, 128, 256)  # of a head
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK = 64  # places that are read at once, fewer where these are wide
 BLOCK_BYTES = 2**14  # of the keys of a block, and of its values
 TWO_BLOCKS = 3 * 2**15  # bytes of a multiprocessor that has room for two
@@ -24,7 +25,8 @@ MOST_PARTS = 32
 
 def takes_few_queries(queries: int, keys: torch.Tensor) -> bool:
     """Whether so many queries of every head of keys `[R, H, C, D]` are best answered here."""
-    return HAS_KERNELS and keys.device.type == "cuda" and queries <= MOST_QUERIES and keys.shape[3] in WIDTHS
+    fits = queries <= MOST_QUERIES and keys.shape[3] in WIDTHS and keys.dtype in DTYPES
+    return HAS_KERNELS and keys.device.type == "cuda" and fits
 
 
 @torch.library.custom_op("unimm::few_queries_attention", mutates_args=())
@@ -51,38 +53,40 @@ def few_queries_attention(
     part = BLOCK * -(-places // (BLOCK * MOST_PARTS))
     parts = -(-places // part)
     slots = max(16, 1 << (queries - 1).bit_length())
-    gathered = torch.empty(rows * heads, parts, slots, head_width, device=query.device)
-    peaks, sums = (torch.empty(rows * heads, parts, slots, device=query.device) for _ in range(2))
+    shape = (rows * heads, parts, slots)
+    gathered = query.new_empty(*shape, head_width, dtype=torch.float32)
+    peaks, sums = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
     result = query.new_empty(query.shape)
     gather, join = _kernels()
-    gather[(rows * heads, parts)](
-        query,
-        keys,
-        values,
-        seen,
-        filled,
-        gathered,
-        peaks,
-        sums,
-        heads,
-        queries,
-        width,
-        places,
-        part,
-        scale,
-        *query.stride(),
-        *keys.stride()[:2],
-        *values.stride()[:2],
-        seen.stride(0),
-        slots,
-        head_width,
-        block,
-        "ieee" if query.dtype == torch.float32 else "tf32",
-        num_stages=2 if shared_memory(keys.device) >= TWO_BLOCKS else 1,
-    )
-    join[(rows * heads, queries)](
-        gathered, peaks, sums, result, queries, parts, slots, head_width, 1 << (parts - 1).bit_length()
-    )
+    with torch.cuda.device_of(query):
+        gather[(rows * heads, parts)](
+            query,
+            keys,
+            values,
+            seen,
+            filled,
+            gathered,
+            peaks,
+            sums,
+            heads,
+            queries,
+            width,
+            places,
+            part,
+            scale,
+            *query.stride(),
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            seen.stride(0),
+            slots,
+            head_width,
+            block,
+            "ieee" if query.dtype == torch.float32 else "tf32",
+            num_stages=2 if shared_memory(keys.device) >= TWO_BLOCKS else 1,
+        )
+        join[(rows * heads, queries)](
+            gathered, peaks, sums, result, queries, parts, slots, head_width, 1 << (parts - 1).bit_length()
+        )
     return result
 
 

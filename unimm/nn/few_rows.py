@@ -7,6 +7,8 @@ floats only in registers.
 
 from __future__ import annotations
 
+import os
+import shutil
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -16,7 +18,8 @@ import torch
 MOST_ROWS = 16  # which the matrix units take at once
 SMALLEST = 2**24  # bytes of a weight in floats; below, a product is too short for any of this
 LARGE = 2**26  # bytes
-HAS_TRITON = find_spec("triton") is not None
+COMPILERS = ("gcc", "clang")  # one of which Triton needs beside it, or what CC names
+HAS_TRITON = find_spec("triton") is not None and ("CC" in os.environ or any(map(shutil.which, COMPILERS)))
 HAS_KERNELS = HAS_TRITON and torch.version.hip is None  # of this room and its neighbours
 
 
@@ -68,19 +71,20 @@ def few_rows_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     number, (outputs, inputs) = len(rows), weight.shape
     result = rows.new_empty(number, outputs)
     tile = tile_of(weight)
-    _kernel()[(-(-outputs // tile.tall),)](
-        rows,
-        weight,
-        result,
-        number,
-        outputs,
-        inputs,
-        MOST_ROWS,
-        tile.tall,
-        tile.wide,
-        tile.stages,
-        num_warps=tile.warps,
-    )
+    with torch.cuda.device_of(rows):
+        _kernel()[(-(-outputs // tile.tall),)](
+            rows,
+            weight,
+            result,
+            number,
+            outputs,
+            inputs,
+            MOST_ROWS,
+            tile.tall,
+            tile.wide,
+            tile.stages,
+            num_warps=tile.warps,
+        )
     return result
 
 

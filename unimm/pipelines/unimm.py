@@ -124,6 +124,8 @@ class UniMM:
     def _place_language_model(self, device: torch.device) -> None:
         """Bring the language model to where it works, or to where it waits."""
         if self.offload:
+            if device.type == "cpu":
+                self.model.release()
             self.model.model.language_model.to(device)
             self.model.lm_head.to(device)
 

@@ -35,6 +35,7 @@ from unimm.training.loop import ON_CPU
 from unimm.unified import UniMMForConditionalGeneration
 
 DECODE_BATCH = 64
+LOADED = ("alignment", "aesthetic", "remote", "ocr", "self_vqascore")  # rewards that are not there without more
 QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')  # in straight double quotes, or curly ones
 
 
@@ -180,6 +181,9 @@ def choose_rewards(
     Raises:
         ValueError: an unknown name, a reward without its judge, or no positive weight.
     """
+    names = [*REWARDS, *LOADED]
+    if not weights.keys() <= set(names):
+        raise ValueError(f"rewards are {weights}; give positive weights to some of {', '.join(names)}.")
     device = PartialState(cpu=ON_CPU).device
     known = dict(REWARDS)
     if alignment_model is not None:
@@ -195,9 +199,6 @@ def choose_rewards(
     for name, key in (("alignment", "alignment_model"), ("aesthetic", "judges.aesthetic"), ("remote", "judges.remote")):
         if name in weights and name not in known:
             raise ValueError(f"rewards names {name!r} without its judge; set {key}.")
-    if unknown := weights.keys() - known.keys():
-        others = ["alignment", "aesthetic", "remote", "ocr", "self_vqascore"]
-        raise ValueError(f"rewards name {', '.join(sorted(unknown))}; known are {', '.join([*REWARDS, *others])}.")
     return RewardMixture.choose(weights, known)
 
 

@@ -124,18 +124,12 @@ class Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.is_vision = is_vision
         self.input_norm, self.inner_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self.normed = attention if has_head_norms else None
         self.head_norm = _head_norm(attention) if has_head_norms else None
         self.queries_keys_values = joined((attention.q_proj, attention.k_proj, attention.v_proj))
         self.gate_up = joined((mlp.gate_proj, mlp.up_proj))
         self.out, self.down = projection(attention.o_proj), projection(mlp.down_proj)
         self.activation = mlp.act_fn
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
-
-    def refresh(self) -> None:
-        """Copy again what is not read where the modules keep it."""
-        if self.head_norm is not None:
-            self.head_norm[0].copy_(_head_norm(self.normed)[0])
 
 
 class CachedDecoder:

@@ -406,8 +406,12 @@ class UniMMForConditionalGeneration(UniMMPreTrainedModel, UniMMGenerationMixin):
             decoder.wait(self)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> UniMMForConditionalGeneration:
-        RecordedDecoder.forget(self)  # which would hold the weights where they were
+        self.release()
         return super()._apply(fn, recurse)
+
+    def release(self) -> None:
+        """Let go of what waits on a GPU for the next drawing: a cache, and recorded steps."""
+        RecordedDecoder.forget(self)
 
     def placed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Ids with the codes of the pictures in place of placeholders; see `UniMMModel.place_pictures`."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ALIGNED = 256  # positions that the cache is a multiple of, so that few sizes are compiled
 COMPILED = 2**30  # bytes of layers; a step that reads less is too short to repay the seconds that compiling takes
 KEPT = 2**29  # bytes of the largest cache that waits for another batch
+KEPT_WIDTHS = 2  # recordings that wait with it, as each has memory of its own
 
 _waiting: WeakKeyDictionary[UniMMForConditionalGeneration, RecordedDecoder] = WeakKeyDictionary()
 
@@ -51,6 +52,8 @@ class RecordedDecoder(CachedDecoder):
     def __init__(self, model: UniMMForConditionalGeneration) -> None:
         super().__init__(model)
         self.recordings: dict[int, Recording] = {}
+        self.head_norms: list[torch.Tensor | None] = []
+        self.filled = self.seen = torch.empty(0)
         weights = chain(self.body.layers.parameters(), self.body.layers.buffers())  # those of int8 are buffers
         large = sum(weight.nbytes for weight in weights if weight.device.type == "cuda") >= COMPILED
         self.is_compiled = large and HAS_TRITON
@@ -59,40 +62,56 @@ class RecordedDecoder(CachedDecoder):
     @classmethod
     def of(cls, model: UniMMForConditionalGeneration) -> RecordedDecoder:
         """The decoder that waits for a batch of this model, if it still fits, or a fresh one."""
-        waiting = _waiting.pop(model, None)
-        if waiting is None or waiting.fits is None or waiting.fits != waiting._circumstances():
-            return cls(model)
-        for layer in waiting.layers:
-            layer.refresh()
-        waiting.parts.clear()
-        return waiting
+        waiting, fresh = _waiting.pop(model, None), cls(model)
+        if waiting is None or waiting.fits != fresh.fits:
+            return fresh
+        fresh.take_over(waiting)
+        return fresh
+
+    def take_over(self, waiting: RecordedDecoder) -> None:
+        """Go on with the recordings and the cache of another decoder, over the same weights."""
+        self.recordings, self.keys, self.values = waiting.recordings, waiting.keys, waiting.values
+        self.filled, self.seen, self.starts = waiting.filled, waiting.seen, waiting.starts
+        for layer, norm in zip(self.layers, waiting.head_norms, strict=True):
+            if layer.head_norm is not None and norm is not None:  # recordings read the copy of these weights there
+                norm.copy_(layer.head_norm[0])
+                layer.head_norm = (norm, layer.head_norm[1])
 
     def wait(self, model: UniMMForConditionalGeneration) -> None:
-        """Await the next batch, unless nothing is recorded, the cache is large, or more than weights may change."""
-        small = sum(places.nbytes for places in (*self.keys, *self.values)) <= KEPT
-        if self.recordings and self.fits is not None and small:
-            _waiting[model] = self
+        """Await the next batch, holding no weights; not where nothing is recorded, the cache is large or no longer
+        whole, or more than weights may change.
+        """
+        held = [places.untyped_storage().nbytes() for places in (*self.keys, *self.values)]
+        whole = sum(held) == sum(places.nbytes for places in (*self.keys, *self.values))
+        if not self.recordings or self.fits is None or not whole or sum(held) > KEPT:
+            return
+        self.recordings = dict(list(self.recordings.items())[:KEPT_WIDTHS])
+        self.head_norms = [layer.head_norm and layer.head_norm[0] for layer in self.layers]
+        self.layers, self.parts = [], {}
+        _waiting[model] = self
 
     @staticmethod
     def forget(model: UniMMForConditionalGeneration) -> None:
-        """Let go of what waits for a batch of this model, and of the weights that it holds."""
+        """Let go of what waits for a batch of this model."""
         _waiting.pop(model, None)
 
     def _circumstances(self) -> list[object] | None:
         """What recordings rest on: where weights lie, and how products are computed.
 
-        None where layers do more than their weights say, as adapters do, which are turned off and on, or where weights
-        lie nowhere, as those of quantised tensors.
+        None where layers do more than their weights say, as adapters do, which are turned off and on, where weights lie
+        nowhere, as those of quantised tensors, and under autocast, whose copies of them do not stay.
         """
-        weights = [*self.body.parameters(), *self.body.buffers()]
+        parts = [self.body] if self.model.norm is None else [self.body, self.model.norm]
+        weights = [tensor for part in parts for tensor in chain(part.parameters(), part.buffers())]
         products = (module for name, module in self.body.layers.named_modules() if name.endswith("_proj"))
-        if any(type(weight.data) is not torch.Tensor for weight in weights) or any(
-            type(module) not in (nn.Linear, Int8Linear) for module in products
+        if (
+            any(type(weight.data) is not torch.Tensor for weight in weights)
+            or any(type(module) not in (nn.Linear, Int8Linear) for module in products)
+            or torch.is_autocast_enabled("cuda")
         ):
             return None
         return [
-            torch.is_autocast_enabled("cuda"),
-            torch.get_autocast_dtype("cuda"),
+            torch.is_inference_mode_enabled(),
             torch.get_float32_matmul_precision(),
             *((weight.data_ptr(), weight.dtype) for weight in weights),
         ]
@@ -152,22 +171,23 @@ class RecordedDecoder(CachedDecoder):
 
     def _record(self, input_ids: torch.Tensor) -> Recording:
         held, before = input_ids.clone(), self.filled.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries prepare themselves at the first run, which cannot be recorded
-            self._advance(held)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.filled.copy_(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            states = self._advance(held)
+        with torch.cuda.device_of(held):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries prepare themselves at the first run, which cannot be recorded
+                self._advance(held)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.filled.copy_(before)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                states = self._advance(held)
         return Recording(graph, held, states)
 
     def _through(self, *inputs: Any) -> torch.Tensor:
         return _compiled_layer()(self, *inputs) if self.is_compiled else super()._through(*inputs)
 
     def _remember(self, cache: torch.Tensor, new: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return cache.index_copy_(2, places, new)
+        return cache.index_copy_(2, places, new.to(cache.dtype))
 
     def _gather(
         self,
@@ -179,6 +199,7 @@ class RecordedDecoder(CachedDecoder):
         width: int,
     ) -> torch.Tensor:
         if mask is None:
+            query = query.to(keys.dtype)  # another under autocast
             return few_queries_attention(query, keys, values, self.seen, self.filled, width, layer.scaling)
         return super()._gather(layer, query, keys, values, mask, width)
 
