@@ -34,7 +34,8 @@ def measure(arguments: argparse.Namespace, place: dict[str, Any], load: Callable
         torch.set_num_threads(arguments.threads)
     tasks, scales = arguments.tasks, "scaling" in arguments.tasks
     codes = (max(LENGTHS) if scales else CODES) if arguments.codes is None else arguments.codes
-    formats, window = (arguments.formats, arguments.window) if "draw" in tasks else ([], 1)
+    draws = "draw" in tasks
+    formats = arguments.formats if draws else []
     requests = None
     if arguments.config:
         model = random_model(arguments.config, codes=codes, **place)
@@ -50,7 +51,7 @@ def measure(arguments: argparse.Namespace, place: dict[str, Any], load: Callable
         batch=arguments.batch,
         codes=arguments.drawn,
         formats=formats,
-        window=window,
+        window=arguments.window,
         requests=requests,
     )
     report = SpeedReport(
@@ -63,7 +64,7 @@ def measure(arguments: argparse.Namespace, place: dict[str, Any], load: Callable
         speeds=tuple(bench.run([task for task in tasks if task in TASKS])),
         scaling=bench.scaling() if scales else None,
         agreement=bench.agreement(),
-        codes_per_pass=bench.codes_per_pass(),
+        codes_per_pass=bench.codes_per_pass() if draws else None,
     )
     if arguments.folder:
         report.save(Path(arguments.folder))
