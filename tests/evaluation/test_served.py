@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from unimm.evaluation.served import is_served
+from unimm.evaluation.served import served_model
 from unimm.evaluation.speed import Bench
 from unimm.evaluation.timing import Machine
 from unimm.unified import compress
@@ -20,7 +20,7 @@ class LLM:
     def __init__(self, model, dtype, max_model_len, max_num_seqs, **options):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self.most = (max_model_len, max_num_seqs)
-        torch.set_num_threads(1)
+        torch.set_num_threads(torch.get_num_threads() + 1)
 
     def generate(self, asked, sampling, use_tqdm):
         assert (max(len(row["prompt_token_ids"]) for row in asked) + sampling.max_tokens) <= self.most[0]
@@ -36,7 +36,7 @@ def made(monkeypatch):
 
     def llm(**options):
         made.append(LLM(**options))
-        return made[0]
+        return made[-1]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm, SamplingParams=SimpleNamespace))
     monkeypatch.setattr("unimm.evaluation.served.find_spec", lambda name: name)
@@ -58,16 +58,16 @@ def test_it_is_given_the_language_model_and_the_rows_of_guidance(tiny, made):
     ]
     with torch.no_grad():
         assert llm.model(llm.given[0]).logits.equal(model(llm.given[0]).logits)
-    sampling = bench._served()(2)
+    sampling = bench._served(served_model(model))(2)
     legal = [token for block in model.config.vocabulary.blocks for token in range(block.start, block.stop)]
     assert (sampling.allowed_token_ids, sampling.max_tokens, sampling.ignore_eos) == (legal, 2, True)
 
 
 def test_models_that_are_more_than_a_language_model_are_left_out(tiny, made, monkeypatch):
     model, _ = tiny
-    assert is_served(model)
+    assert served_model(model) is not None
     stored = copy.deepcopy(model)
     compress(stored, "int8")
-    assert not is_served(stored)
+    assert served_model(stored) is None
     monkeypatch.setattr(model.config, "levels", [2])
-    assert not is_served(model)
+    assert served_model(model) is None

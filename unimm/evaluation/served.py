@@ -24,20 +24,17 @@ SETTINGS = {
 }
 
 
-def is_served(model: UniMMForConditionalGeneration) -> bool:
-    """Whether vLLM is installed and can run a model."""
-    return find_spec("vllm") is not None and plain_language_model(model) is not None
+def served_model(model: UniMMForConditionalGeneration) -> PreTrainedModel | None:
+    """The language model as transformers has it, over the same weights.
 
-
-def plain_language_model(model: UniMMForConditionalGeneration) -> PreTrainedModel | None:
-    """The language model as transformers has it, over the same weights; None where it is more than that, draws by
-    levels, or its weights are stored otherwise.
+    None where vLLM is not installed, or the model is more than that, draws by levels, or stores its weights otherwise.
     """
     config = model.config.text_config
     body, head = model.model.language_model.state_dict(), model.lm_head.state_dict()
     weights = {f"model.{name}": weight for name, weight in body.items()}
     weights |= {f"lm_head.{name}": weight for name, weight in head.items()}
-    if model.config.has_vision_path or model.config.levels or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    more = model.config.has_vision_path or model.config.drawing_levels is not None
+    if find_spec("vllm") is None or more or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     with torch.device("meta"):
         plain = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
@@ -49,22 +46,24 @@ def plain_language_model(model: UniMMForConditionalGeneration) -> PreTrainedMode
 
 
 def vllm_drawing(
-    model: UniMMForConditionalGeneration, prompts: Sequence[Sequence[int]], codes: int, *, top_k: int
+    plain: PreTrainedModel, prompts: Sequence[Sequence[int]], legal: Sequence[int], codes: int, *, top_k: int
 ) -> Callable[[int], object]:
-    """A function that samples so many codes, `codes` at most, after each of several prompts."""
+    """A function that samples so many of the legal ids, `codes` at most, after each of several prompts.
+
+    Args:
+        plain: see `served_model`.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
 
     threads = torch.get_num_threads()
-    plain = plain_language_model(model)
-    assert plain is not None
     with tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
         llm: Any = LLM(
             model=folder,
             skip_tokenizer_init=True,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(plain.dtype).removeprefix("torch."),
             max_model_len=max(map(len, prompts)) + codes,
             max_num_seqs=len(prompts),
             kv_cache_memory_bytes=CACHE_BYTES,
@@ -73,7 +72,6 @@ def vllm_drawing(
         )
     torch.set_num_threads(threads)
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    legal = [token for block in model.config.vocabulary.blocks for token in range(block.start, block.stop)]
 
     def draw(number: int) -> object:
         sampling = SamplingParams(
@@ -82,7 +80,7 @@ def vllm_drawing(
             max_tokens=number,
             ignore_eos=True,
             detokenize=False,
-            allowed_token_ids=legal,
+            allowed_token_ids=list(legal),
         )
         return llm.generate(asked, sampling, use_tqdm=False)
 

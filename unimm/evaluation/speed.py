@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from unimm.evaluation.scaling import Scaling, measure_scaling
-from unimm.evaluation.served import is_served, vllm_drawing
+from unimm.evaluation.served import served_model, vllm_drawing
 from unimm.evaluation.timing import Machine, Speed, Way, compare
 from unimm.files import atomic_write
 from unimm.generation import GrammarLogitsProcessor, UniMMGenerateOutput
@@ -238,8 +239,8 @@ class Bench:
         for name, model in self.compressed.items():
             floor = None if self.by_levels else self._floor(self.batch, self.picture, BYTES[name], BYTES["bfloat16"])
             ways.append(self._way(f"engine, {name}", functools.partial(self._draw, model), floor))
-        if is_served(self.model):
-            ways.append(self._way("vLLM, without guidance", self._served()))
+        if (plain := served_model(self.model)) is not None:
+            ways.append(self._way("vLLM, without guidance", self._served(plain)))
         return compare("draw", f"code of {self.batch}", ways, self.machine.clock, self.rounds)
 
     def _way(self, name: str, draw: Callable[[int], object], floor: float | None = None) -> Way:
@@ -376,10 +377,11 @@ class Bench:
             stock=True,
         )
 
-    def _served(self) -> Callable[[int], object]:
+    def _served(self, plain: PreTrainedModel) -> Callable[[int], object]:
         opening, null = self.model.picture_opening(), self.config.null_prompt_ids or []
         rows = [*self.prompt.tolist(), *([null] * self.batch)]
-        return vllm_drawing(self.model, [[*row, *opening] for row in rows], self.codes, top_k=TOP_K)
+        legal = [token for block in self.config.vocabulary.blocks for token in range(block.start, block.stop)]
+        return vllm_drawing(plain, [[*row, *opening] for row in rows], legal, self.codes, top_k=TOP_K)
 
     def _with_picture(self) -> torch.Tensor:
         """Rows of text, a picture, and text again."""
