@@ -30,6 +30,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that are marked `gpu` wait for a machine that has one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def stored(system: str) -> Path:
     """The folder of a system's fixture, which may not exist."""
     return GOLDEN / system if (GOLDEN / system).is_dir() else ELSEWHERE / system

@@ -18,8 +18,7 @@ from unimm.unified.decoder import CachedDecoder
 from unimm.unified.recorded import RecordedDecoder
 
 BOI, EOI, PAD, END = 1, 2, 0, 4
-NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TEXT_ROWS, SCALE = 120, 2.5
 SIZES = {
     "hidden_size": 32,

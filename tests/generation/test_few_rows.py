@@ -8,11 +8,7 @@ from unimm.nn.few_rows import MOST_ROWS, few_rows_product, tile_of
 from unimm.nn.stored import Int8Linear
 
 
-def on_a_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
-
-
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("shape", [(7, 33), (4608, 3584), (130, 18944)])
@@ -25,7 +21,7 @@ def test_the_kernel_gives_the_product(rows, dtype, shape):
     )
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1])
 def test_int8_layers_multiply_on_a_gpu(rows):
     linear = torch.nn.Linear(96, 40, device="cuda")

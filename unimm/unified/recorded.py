@@ -49,11 +49,13 @@ class RecordedDecoder(CachedDecoder):
         model: of a covered family, in eval mode. On a CPU the same steps run one by one.
     """
 
+    filled: torch.Tensor  # [1], places of the cache that are filled
+    seen: torch.Tensor  # [R, 1, T], places that may be seen once they are filled
+
     def __init__(self, model: UniMMForConditionalGeneration) -> None:
         super().__init__(model)
         self.recordings: dict[int, Recording] = {}
         self.head_norms: list[torch.Tensor | None] = []
-        self.filled = self.seen = torch.empty(0)
         weights = chain(self.body.layers.parameters(), self.body.layers.buffers())  # those of int8 are buffers
         large = sum(weight.nbytes for weight in weights if weight.device.type == "cuda") >= COMPILED
         self.is_compiled = large and HAS_TRITON
@@ -81,9 +83,9 @@ class RecordedDecoder(CachedDecoder):
         """Await the next batch, holding no weights; not where nothing is recorded, the cache is large or no longer
         whole, or more than weights may change.
         """
-        held = [places.untyped_storage().nbytes() for places in (*self.keys, *self.values)]
-        whole = sum(held) == sum(places.nbytes for places in (*self.keys, *self.values))
-        if not self.recordings or self.fits is None or not whole or sum(held) > KEPT:
+        places = [*self.keys, *self.values]
+        size, held = sum(part.nbytes for part in places), sum(part.untyped_storage().nbytes() for part in places)
+        if not self.recordings or self.fits is None or size < held or held > KEPT:
             return
         self.recordings = dict(list(self.recordings.items())[:KEPT_WIDTHS])
         self.head_norms = [layer.head_norm and layer.head_norm[0] for layer in self.layers]
@@ -123,7 +125,7 @@ class RecordedDecoder(CachedDecoder):
         states = super().prefill(input_ids, attention_mask, capacity)
         self.filled = torch.tensor([self.length], device=input_ids.device)
         unseen = F.pad(attention_mask == 0, (0, self.keys[0].shape[2] - self.length))
-        self.seen = ~unseen[:, None]  # [R, 1, T], but for the places that are not filled
+        self.seen = ~unseen[:, None]
         if [old.shape for old in recorded] == [new.shape for new in self._state()]:
             for old, new in zip(recorded, self._state(), strict=True):
                 old.copy_(new)
